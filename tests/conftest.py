@@ -1,0 +1,17 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real data, or skip: ``../shared/data`` beside the checkout, or what HARNESS_SHARED names."""
+    shared = Path(os.environ.get("HARNESS_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not (shared / "data").is_dir():
+        pytest.skip(f"no real data at {shared / 'data'} (HARNESS_SHARED names another folder)")
+    return shared / "data"

@@ -1,0 +1,104 @@
+"""The two trivial methods: against a slow count, against known numbers on real data, and as programs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from harness.contract import Domain, Ragged
+
+BASELINES = Path(__file__).resolve().parents[3] / "baselines"
+
+
+def load(method: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"trivial_{method}", BASELINES / method / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_domain(train: list[list[int]], valid: list[int], n_items: int) -> Domain:
+    offsets = np.concatenate([[0], np.cumsum([len(t) for t in train])])
+    values = np.array([item for history in train for item in history], np.int32)
+    return Domain(Path("."), "small", len(train), n_items, Ragged(values, offsets), np.array(valid, np.int32), {})
+
+
+def slow_successors(train: list[list[int]], last: int, n_items: int, k: int) -> list[int]:
+    popularity = Counter(item for history in train for item in history)
+    pairs = Counter(b for history in train for a, b in zip(history, history[1:], strict=False) if a == last)
+    by_pairs = sorted(pairs, key=lambda item: (-pairs[item], -popularity[item], item))
+    by_popularity = sorted(range(n_items), key=lambda item: (-popularity[item], item))
+    ranked = by_pairs + [item for item in by_popularity if item not in pairs]
+    return (ranked + [-1] * k)[:k]
+
+
+@pytest.mark.parametrize(("n_items", "k"), [(4, 50), (30, 3), (60, 10), (60, 50), (150, 50)])
+def test_last_item_equals_a_slow_count(n_items: int, k: int) -> None:
+    rng = np.random.default_rng(n_items * k)
+    train = [(rng.zipf(1.3, rng.integers(1, 40)) % n_items).tolist() for _ in range(50)]
+    domain = make_domain(train, [0] * 50, n_items)
+    found = load("last_item").successors(domain, k)
+    assert found.tolist() == [slow_successors(train, item, n_items, k) for item in range(n_items)]
+
+
+def test_pairs_do_not_cross_users_and_the_validation_item_is_not_counted() -> None:
+    domain = make_domain([[0, 1], [2, 3]], [4, 4], 6)
+    items_IK = load("last_item").successors(domain, 6)
+    assert items_IK[0].tolist() == [1, 0, 2, 3, 4, 5]
+    assert items_IK[1].tolist() == [0, 1, 2, 3, 4, 5]  # 1 -> 2 would cross two users; 1 -> 4 is a validation pair
+    assert items_IK[2].tolist() == [3, 0, 1, 2, 4, 5]
+
+
+def test_last_item_starts_from_the_validation_item_at_test(small_domain: Any) -> None:
+    domain = Domain.read(small_domain.path)
+    module = load("last_item")
+    assert module.last_of(domain.test_inputs()).tolist() == domain.valid.tolist()
+    assert module.last_of(domain.valid_inputs()).tolist() == [history[-1] for history in domain.train]
+
+
+@pytest.mark.parametrize("method", ["popularity", "last_item"])
+def test_as_a_program(method: str, small_domain: Any, runner: Any) -> None:
+    outcome = runner.run(method, small_domain, {})
+    assert (outcome.items >= 0).all()
+    assert outcome.meta.stopped_by == "closed form"
+    assert outcome.meta.timings.keys() == {"fit", "predict"}
+    domain = Domain.read(small_domain.path)
+    recall = (outcome.valid_items[:, :10] == domain.valid[:, None]).any(1).mean()
+    assert outcome.meta.best_valid <= recall
+    if method == "last_item":  # the planted successor has probability 0.7
+        assert small_domain.recall_at_10(outcome.items) > 0.5
+    else:
+        count = np.bincount(domain.train.values, minlength=domain.n_items)
+        assert (outcome.items == outcome.items[0]).all()
+        assert (np.diff(count[outcome.items[0]]) <= 0).all()
+
+
+def test_beauty2014_to_six_digits(shared_data: Path, runner: Any, make_domain: Any) -> None:
+    """The numbers of an independent count on the 22,363 users of Beauty 2014, item numbers ordered by a hash."""
+    source = shared_data / "beauty2014"
+    ids = pq.read_table(source / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
+    number = {item: n for n, item in enumerate(sorted(ids, key=lambda i: hashlib.sha256(str(i).encode()).hexdigest()))}
+    histories = [[number[i] for i in h] for h in pq.read_table(source / "sequences.parquet")["item_ids"].to_pylist()]
+    assert len(histories) == 22_363
+    domain = make_domain(histories, len(ids))
+
+    def scores(method: str) -> dict[str, float]:
+        hit = runner.run(method, domain, {}).items == domain.targets[:, None]
+        rank = np.where(hit.any(1), hit.argmax(1) + 1, 10**9)
+        ndcg = np.where(rank <= 10, 1 / np.log2(rank + 1.0), 0).mean()
+        return {"R@5": round((rank <= 5).mean(), 6), "R@10": round((rank <= 10).mean(), 6), "N@10": round(ndcg, 6)}
+
+    assert scores("popularity") == {"R@5": 0.007199, "R@10": 0.011179, "N@10": 0.005269}
+    assert scores("last_item") == {"R@5": 0.050396, "R@10": 0.065912, "N@10": 0.042723}
