@@ -1,0 +1,52 @@
+# make benchmark      environment, suite, table          make SUITE=classic benchmark
+# make test           the tests                          make test ARGS="-k metrics -x"
+# make help           the rest
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+SUITE  ?= auto
+DEVICE ?= auto
+ARGS   ?=
+VENV   := .venv
+BIN    := $(CURDIR)/$(VENV)/bin
+
+# ninja, which compiles DeepSpeed's and torch's extensions, lies in the environment
+export PATH := $(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := true
+
+.PHONY: help venv benchmark test bench lint format requirements clean distclean
+
+help:           ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 24
+
+venv:           ## the virtual environment .venv (DEVICE=auto|cpu|cuda, PYTHON=...)
+	@docker/venv.sh make $(VENV) $(DEVICE)
+
+benchmark: venv ## runs the suite (SUITE=auto: the four Amazon domains where they are prepared, else smoke)
+	@$(BIN)/harness run --suite $(SUITE) $(ARGS)
+
+test: venv      ## the tests (ARGS="-k name"); without those that need a Docker engine, which .ci/run runs
+	@$(BIN)/python -m pytest -m "not containers" $(ARGS)
+
+bench: venv     ## the speed measurements (pytest-benchmark)
+	@$(BIN)/python -m pytest tests/benchmarks -o addopts="--import-mode=importlib --strict-markers" --benchmark-only $(ARGS)
+
+lint: venv      ## ruff, mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --diff . >/dev/null || { echo "make format mends what it can"; exit 1; }
+	@$(BIN)/mypy
+
+format: venv    ## ruff's fixes and formatting
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+requirements: venv ## pins again from pyproject.toml (ARGS=--upgrade to move to newer versions)
+	@UV=$(BIN)/uv docker/requirements/export.sh $(ARGS)
+
+clean:          ## caches; keeps .venv, data and results
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .benchmarks build *.egg-info
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## caches and .venv
+	rm -rf $(VENV) $(VENV).lock uv.lock
