@@ -1,0 +1,1 @@
+"""Domains: import, prepare, simulate, read. This package imports nothing by itself."""
