@@ -1,0 +1,108 @@
+"""Run stages as child processes of this machine, one supervisor each.
+
+In: a ``StageTask``. Out: the supervisor's outcome. The supervisor's standard input is the life line: closing it, or
+dying, ends the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+from typing import Any
+
+from harness import isolation, provenance
+from harness.contract import write_json
+from harness.execute.stage import StageTask, huggingface_home, method_environment, stage_contract
+from harness.paths import PROJECT, Paths
+from harness.record import Environment
+
+BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from harness.supervise import main; main()"
+
+
+class LocalExecutor:
+    def __init__(self, paths: Paths):
+        self._paths = paths
+        self._contract = stage_contract(paths.results / "contract")
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self.level = isolation.best_level()
+
+    def environment(self) -> Environment:
+        return provenance.environment()
+
+    def run(self, task: StageTask) -> dict[str, Any]:
+        folder = task.folder
+        spec_path = write_spec(task, self._paths, self._contract)
+        command = [sys.executable, "-I", "-S", "-c", BOOT, str(PROJECT), str(spec_path)]
+        with open(folder.path / "supervisor.txt", "wb") as complaints:
+            with self._lock:
+                if self._stopped:
+                    return interrupted()
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=complaints, stderr=complaints, start_new_session=True, pass_fds=(task.lock,)
+                )
+                self._running.add(process)
+            try:
+                process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+                    _close(process)
+        return read_outcome(folder.path / "status.json", process.returncode, folder.path / "supervisor.txt")
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def write_spec(task: StageTask, paths: Paths, contract: Path) -> Path:
+    """Write ``job.json`` and the supervisor's ``spec.json`` and return the latter's path."""
+    job, folder = task.job, task.folder
+    job_path = folder.path / "job.json"
+    job.write(job_path)
+    prefixes = {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], str(task.python.parent.parent), str(task.python.resolve().parent.parent)}
+    read = [str(p) for p in (*task.method.source_folders(paths.project), contract, job_path, huggingface_home(), *job.inputs.values())]
+    read += [str(domain.path) for domain in job.domains]
+    job.cache.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "argv": [str(task.python), str(task.method.program), str(job_path)],
+        "env": method_environment(task, str(contract)),
+        "cwd": str(job.scratch),
+        "log": str(folder.log),
+        "status": str(folder.path / "status.json"),
+        "read": [*sorted(prefixes), *read],
+        "write": [str(p) for p in (job.output, job.cache, job.scratch, job.checkpoint)],
+        "deadline": job.budget.deadline,
+        "memory": job.budget.memory,
+        "disk": job.budget.disk,
+    }
+    spec_path = folder.path / "spec.json"
+    write_json(spec_path, spec)
+    return spec_path
+
+
+def read_outcome(path: Path, returncode: int | None, complaints: Path) -> dict[str, Any]:
+    """The supervisor's ``status.json``; where it left none it was killed itself, and that is the reason given."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        said = complaints.read_text(errors="replace")[-500:] if complaints.exists() else ""
+        return interrupted(f"the supervisor ended without a status (exit status {returncode}) {said}".strip())
+
+
+def interrupted(reason: str = "the harness was stopped") -> dict[str, Any]:
+    return {"ended_by": "lifeline", "reason": reason, "exit_code": None, "signal": None, "seconds": 0.0, "cpu_seconds": 0.0, "peak_memory": 0, "isolation": {}}

@@ -1,0 +1,153 @@
+"""Make the record of a run from the results of its stages, and score it.
+
+In: a planned run, the results of its stages. Out: a ``Record``. This is where predictions and private targets meet.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from typing import Any
+
+from harness import provenance, record, score
+from harness.contract import PREDICTIONS, VALID_PREDICTIONS, Domain, InvalidOutput
+from harness.execute.stage import StageFolder
+from harness.method import Method
+from harness.paths import Paths
+from harness.record import Record
+from harness.runspec import PlannedRun
+
+
+class Reporter:
+    """Scores runs and writes their records; reads every domain once."""
+
+    def __init__(self, paths: Paths, methods: dict[str, Method], environment: record.Environment, command: str = ""):
+        self._paths, self._methods, self._environment, self._command = paths, methods, environment, command
+        self._started = now()
+        self._domain = functools.cache(self._read_domain)
+        self._sources = functools.cache(lambda name: methods[name].source_hash(paths.project))
+
+    def _read_domain(self, name: str) -> tuple[Domain, str]:
+        """The public part, and the digest of the private targets."""
+        public = Domain.read(self._paths.public(name))
+        return public, score.targets_digest(score.read_targets(self._paths.private(name), public))
+
+    def score_key(self, run: PlannedRun) -> str:
+        return score.score_key(run.fit_key, self._domain(run.domain)[1])
+
+    def record(self, run: PlannedRun, results: list[dict[str, Any]], end: dict[str, Any]) -> Record:
+        """The record of a run whose last stage came to ``end``. Scores it if all stages are ok."""
+        public, _ = self._domain(run.domain)
+        state, reason, scored = end["state"], end.get("reason", ""), None
+        folder = StageFolder(self._paths.stages / run.method / f"{run.stages[-1].name}-{run.stages[-1].key[:16]}")
+        if state == "ok":
+            try:
+                scored = score.score(folder.out / PREDICTIONS, folder.out / VALID_PREDICTIONS, public, self._paths.private(run.domain))
+            except InvalidOutput as error:
+                state, reason = "invalid_output", str(error)
+        if scored:
+            score.write_ranks(self._paths.secret / "ranks" / f"{run.id}.npz", scored.ranks)
+        meta = end.get("meta") or {}
+        return Record(
+            run=record.Run(id=run.id, fit_key=run.fit_key, score_key=self.score_key(run), stage_keys={s.name: s.key for s in run.stages}),
+            method=self._method(run),
+            domain=_card(public),
+            seed=run.seed,
+            budget=record.BudgetUsed(seconds=run.budget.seconds, memory=run.budget.memory, threads=run.budget.threads),
+            status=record.Status(
+                state=state, reason=reason, exit_code=end.get("exit_code"), signal=end.get("signal"), stage=end.get("stage"), log_tail=end.get("log_tail", "")
+            ),
+            metrics=scored.metrics if scored else {},
+            valid_metrics=scored.valid_metrics if scored else {},
+            slices=scored.slices if scored else {},
+            behaviour=(meta.get("extra") or {}) | (scored.behaviour if scored else {}),
+            training=record.Training(**{name: meta[name] for name in record.Training.model_fields if name in meta}),
+            cost=_cost(run, results, public),
+            environment=self._environment,
+            provenance=self._provenance(),
+            artefacts=tuple(record.Artefact(**output) for output in end.get("outputs", [])),
+            reference=self._reference(run, scored, public),
+            isolation=_isolation(results),
+            precision=record.Precision(dtype=meta.get("precision") or run.precision, attention=meta.get("attention")),
+        )
+
+    def _method(self, run: PlannedRun) -> record.Method:
+        file = self._methods[run.method].file
+        return record.Method(
+            name=run.method,
+            config=run.config,
+            title=run.title,
+            lineage=file.lineage,
+            paper=self._methods[run.method].config(run.config).paper,
+            source_hash=self._sources(run.method),
+            configuration=run.configuration,
+        )
+
+    def _provenance(self) -> record.Provenance:
+        sha, dirty = provenance.git_state()
+        return record.Provenance(git_sha=sha, dirty=dirty, command=self._command, started=self._started, finished=now())
+
+    def _reference(self, run: PlannedRun, scored: score.Scored | None, public: Domain) -> record.Reference | None:
+        """The published value of this cell. Only a comparable one gets a verdict: does our interval reach it?"""
+        published = self._methods[run.method].reference(run.domain, run.config)
+        if published is None or public.info.get("simulated"):
+            return None
+        verdict = None
+        if published.comparable and scored:
+            low = [name for name, value in published.metrics.items() if name in scored.metrics and (scored.metrics[name].high or 0) < value]
+            verdict = f"below: {', '.join(low)}" if low else "reached"
+        return record.Reference(metrics=published.metrics, source=published.source, comparable=published.comparable, note=published.note, verdict=verdict)
+
+
+def unfinished(result: dict[str, Any]) -> dict[str, Any]:
+    """The result of a stage that was ended because the harness was stopped."""
+    return result | {"state": "interrupted", "reason": "the harness was stopped; run the same command again to go on"}
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _card(public: Domain) -> record.DomainCard:
+    info = public.info
+    counts = {name: int(info["counts"][name]) for name in ("users", "items", "interactions", "train_interactions")}
+    return record.DomainCard(
+        name=public.name,
+        digest=info["digest"],
+        tie_rate=info.get("tie_rate"),
+        simulated=bool(info.get("simulated")),
+        release=info.get("release"),
+        **counts,
+    )
+
+
+def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> record.Cost:
+    if not results:
+        return record.Cost()
+    stages = {result["stage"]: result["seconds"] for result in results}
+    metas = [result["meta"] for result in results]
+    predict = metas[-1]["timings"].get("predict")
+    fit = [meta["timings"].get("fit") for meta in metas]
+    device = [meta["peak_device_bytes"] for meta in metas if meta["peak_device_bytes"] is not None]
+    return record.Cost(
+        stages=stages,
+        shared_stages=tuple(stage.name for stage in run.stages if stage.domains != (run.domain,) and stage.name in stages),
+        fit_seconds=sum(seconds or 0.0 for seconds in fit) if any(seconds is not None for seconds in fit) else None,
+        predict_seconds=predict,
+        users_per_second=public.n_users / predict if predict else None,
+        cpu_seconds=sum(result["cpu_seconds"] for result in results),
+        peak_memory=max(result["peak_memory"] for result in results),
+        peak_device_memory=max(device) if device else None,
+        parameters=metas[-1]["parameters"],
+        beside=any(result["beside"] for result in results),
+    )
+
+
+def _isolation(results: list[dict[str, Any]]) -> record.Isolation:
+    """The weakest level that any stage of the run had."""
+    order = ("convention", "user", "landlock", "container")
+    seen = [result["isolation"] for result in results if result.get("isolation")]
+    if not seen:
+        return record.Isolation(level="convention", network=False, details="nothing was started")
+    weakest = min(seen, key=lambda isolation: order.index(isolation["level"]))
+    return record.Isolation(**weakest)
