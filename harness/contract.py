@@ -239,6 +239,29 @@ class Ragged:
         return matrix
 
 
+def read_columns(path: Path, columns: tuple[str, ...] = ()) -> Any:
+    """Columns of a parquet file (all without ``columns``) as a pyarrow table. Raises KeyError where one is missing.
+
+    Not ``pq.read_table``: that imports pandas if it is installed, which is most of the start of a small method.
+    """
+    with pq.ParquetFile(path) as file:
+        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+            raise KeyError(f"{path.name} has no column {missing[0]!r}")
+        return file.read(columns=list(columns) or None)
+
+
+def integers(column: Any) -> np.ndarray:
+    """A pyarrow column of whole numbers without nulls as an array. pyarrow's own conversions import pandas, too."""
+    chunks = getattr(column, "chunks", [column])
+    types = [np.dtype(f"i{chunk.type.bit_width // 8}") for chunk in chunks]
+    parts = [
+        np.frombuffer(chunk.buffers()[1], kind, len(chunk), chunk.offset * kind.itemsize)
+        for chunk, kind in zip(chunks, types, strict=True)
+        if len(chunk)
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
 @dataclass(frozen=True)
 class Domain:
     """The public part of a domain: all that a method may know.
@@ -261,16 +284,17 @@ class Domain:
         path = Path(path)
         try:
             info = json.loads((path / "domain.json").read_text())
-            table = pq.read_table(path / "users.parquet", columns=["user", "train", "valid"])
+            table = read_columns(path / "users.parquet", ("user", "train", "valid"))
         except (OSError, ValueError, KeyError) as error:
             raise ContractError(f"{path}: not the public part of a domain: {error}") from error
         if info.get("protocol") != PROTOCOL:
             raise ContractError(f"{path / 'domain.json'}: protocol {info.get('protocol')!r}, this contract knows {PROTOCOL!r}")
         lists = table["train"].combine_chunks()
-        train = Ragged(np.asarray(lists.flatten(), np.int32), np.asarray(lists.offsets, np.int64) - lists.offsets[0].as_py())
-        valid = table["valid"].to_numpy().astype(np.int32)
+        offsets = integers(lists.offsets).astype(np.int64)
+        train = Ragged(integers(lists.flatten()).astype(np.int32), offsets - offsets[0])
+        valid = integers(table["valid"]).astype(np.int32)
         n_users, n_items = int(info["counts"]["users"]), int(info["counts"]["items"])
-        if len(valid) != n_users or not np.array_equal(table["user"].to_numpy(), np.arange(n_users)):
+        if len(valid) != n_users or not np.array_equal(integers(table["user"]), np.arange(n_users)):
             raise ContractError(f"{path / 'users.parquet'}: its users are not 0..{n_users - 1} in order; prepare the domain again")
         for values in (train.values, valid):
             if len(values) and (values.min() < 0 or values.max() >= n_items):
@@ -280,7 +304,7 @@ class Domain:
     @functools.cached_property
     def items(self) -> Any:
         """``items.parquet`` as a pyarrow table, row i = item i: ``item``, ``text`` and the parts of the text."""
-        return pq.read_table(self.path / "items.parquet")
+        return read_columns(self.path / "items.parquet")
 
     @property
     def texts(self) -> list[str]:
@@ -326,7 +350,7 @@ class Pictures:
         index_path = Path(public) / "pictures.parquet"
         self._index: dict[int, tuple[int, int]] = {}
         if index_path.exists():
-            index = pq.read_table(index_path, columns=["item", "offset", "length"])
+            index = read_columns(index_path, ("item", "offset", "length"))
             columns = (index[name].to_pylist() for name in ("item", "offset", "length"))
             self._index = {item: (offset, length) for item, offset, length in zip(*columns, strict=True)}
 
@@ -558,7 +582,10 @@ def read_meta(path: Path) -> Meta:
     meta = Meta(**raw)
     checks: list[tuple[str, bool]] = [
         ("timings", isinstance(meta.timings, dict) and all(_is_number(v) and v >= 0 for v in meta.timings.values())),
-        *((name, getattr(meta, name) is None or _is_count(getattr(meta, name))) for name in ("parameters", "steps", "epochs", "peak_device_bytes")),
+        *(
+            (name, getattr(meta, name) is None or _is_count(getattr(meta, name)))
+            for name in ("parameters", "steps", "epochs", "peak_device_bytes")
+        ),
         ("best_valid", meta.best_valid is None or _is_number(meta.best_valid)),
         ("stopped_by", meta.stopped_by is None or meta.stopped_by in STOPPED_BY),
         ("budget_bound", isinstance(meta.budget_bound, bool)),

@@ -30,9 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from harness.contract import ContractError, Domain
+from harness.contract import ContractError, Domain, integers, read_columns
 from harness.data.source import DataError, DomainExists, DomainSummary, SourceDomain, hash_order, ragged
 from harness.data.write import public_digest, targets_digest, write_parts
 from harness.paths import Paths
@@ -172,16 +171,16 @@ def read_private(folder: Path) -> Private:
     private = Path(folder) / "private"
     try:
         info = json.loads((private / "private.json").read_text())
-        table = pq.read_table(private / "targets.parquet", columns=["user", "target", "time"])
+        table = read_columns(private / "targets.parquet", ("user", "target", "time"))
         digest = json.loads((Path(folder) / "public" / "domain.json").read_text())["digest"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{private}: not the private part of a domain ({error}); import or simulate the domain again") from error
     if info.get("public_digest") != digest:
         raise DataError(f"{private / 'private.json'}: these targets belong to other public data; import or simulate the domain again")
-    if not np.array_equal(table["user"].to_numpy(), np.arange(table.num_rows)):
+    if not np.array_equal(integers(table["user"]), np.arange(table.num_rows)):
         raise DataError(f"{private / 'targets.parquet'}: its users are not 0..{table.num_rows - 1} in order")
-    times = None if table["time"].null_count else table["time"].to_numpy()
-    return Private(private, table["target"].to_numpy().astype(np.int32), times, info)
+    times = None if table["time"].null_count else integers(table["time"])
+    return Private(private, integers(table["target"]).astype(np.int32), times, info)
 
 
 def read_summary(folder: Path) -> DomainSummary:
@@ -225,7 +224,7 @@ def validate_domain(folder: Path) -> DomainSummary:
         raise DataError(str(error)) from error
     strange = {file.name for file in public.iterdir()} - PUBLIC_FILES
     require(not strange, f"{public}: {sorted(strange)} do not belong into a public part")
-    numbers = domain.items["item"].to_numpy()
+    numbers = integers(domain.items["item"])
     in_order = np.array_equal(numbers, np.arange(domain.n_items))
     require(in_order, f"{public / 'items.parquet'}: its items are not 0..{domain.n_items - 1} in order")
     train, users = len(domain.train.values), domain.n_users
@@ -251,7 +250,7 @@ def validate_domain(folder: Path) -> DomainSummary:
 def _check_pictures(public: Path, require: Any) -> None:
     if not (public / "pictures.parquet").exists():
         return
-    index = pq.read_table(public / "pictures.parquet").to_pydict()
+    index = read_columns(public / "pictures.parquet").to_pydict()
     offset = 0
     with open(public / "pictures.bin", "rb") as pack:
         for row, item in enumerate(index["item"]):
@@ -265,4 +264,4 @@ def _check_pictures(public: Path, require: Any) -> None:
 
 
 def _column(path: Path, name: str) -> list[str]:
-    return list(pq.read_table(path, columns=[name])[name].to_pylist())
+    return list(read_columns(path, (name,))[name].to_pylist())

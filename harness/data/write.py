@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.contract import PROTOCOL, SCHEMA, Ragged, write_json
+from harness.contract import PROTOCOL, SCHEMA, Ragged, integers, read_columns, write_json
 from harness.data import text
 from harness.data.source import DataError, DomainSummary, SourceDomain, check_source, hash_order, take, tie_rate
 
@@ -167,10 +167,10 @@ def _parquet(path: Path, columns: dict[str, pa.Array]) -> None:
 def public_digest(public: Path) -> str:
     """sha256 of what a public part says, however its files are encoded. The name does not enter."""
     digest = hashlib.sha256(f"{SCHEMA} {PROTOCOL}\n".encode())
-    users = pq.read_table(public / "users.parquet", columns=["train", "valid"])
+    users = read_columns(public / "users.parquet", ("train", "valid"))
     lists = users["train"].combine_chunks()
     for array, kind in ((lists.value_lengths(), "<i8"), (lists.flatten(), "<i4"), (users["valid"], "<i4")):
-        digest.update(f"{len(array)}\n".encode() + np.asarray(array).astype(kind).tobytes())
+        digest.update(f"{len(array)}\n".encode() + integers(array).astype(kind).tobytes())
     items = pq.ParquetFile(public / "items.parquet")
     for name in sorted(set(items.schema_arrow.names) - {"item"}):
         digest.update(f"{name} {items.metadata.num_rows}\n".encode())
@@ -178,7 +178,7 @@ def public_digest(public: Path) -> str:
             for value in batch.column(0).to_pylist():
                 digest.update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
     if (public / "pictures.parquet").exists():
-        index = pq.read_table(public / "pictures.parquet", columns=["item", "sha256"]).to_pydict()
+        index = read_columns(public / "pictures.parquet", ("item", "sha256")).to_pydict()
         digest.update("".join(f"{item} {sha}\n" for item, sha in zip(index["item"], index["sha256"], strict=True)).encode())
     return digest.hexdigest()
 
