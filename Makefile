@@ -17,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: help venv benchmark test bench lint format requirements clean distclean
+.PHONY: help venv benchmark test containers bench lint format requirements clean distclean
 
 help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -30,6 +30,9 @@ benchmark: venv ## runs the suite (SUITE=auto: the four Amazon domains where the
 
 test: venv      ## the tests (ARGS="-k name"); without those that need a Docker engine, which .ci/run runs
 	@$(BIN)/python -m pytest -m "not containers" $(ARGS)
+
+containers: venv ## builds the images and runs the compose file for real (needs a Docker engine)
+	@$(BIN)/python -m pytest tests/containers -m containers --timeout 3000 $(ARGS)
 
 bench: venv     ## the speed measurements (pytest-benchmark)
 	@$(BIN)/python -m pytest tests/benchmarks -o addopts="--import-mode=importlib --strict-markers" --benchmark-only $(ARGS)

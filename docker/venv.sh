@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment that everything runs in, on a host (`make venv`) and in the images.
 #   docker/venv.sh make VENV [auto|cpu|cuda]   all of it; does nothing when VENV is complete and its pins are unchanged
-#   docker/venv.sh create|torch|requirements VENV cpu|cuda    one step each: an image keeps each in a layer
+#   docker/venv.sh create|torch|requirements|project|check VENV cpu|cuda    one step each, for the images
 # In: PYTHON (default: the first of python3, python3.12, python3.11 that is 3.11 or 3.12), docker/requirements/*.txt.
 # Out: VENV with VENV/.complete, written last, so that a half-made environment is seen and made again.
 set -euo pipefail
@@ -26,8 +26,7 @@ find_device() {
   esac
 }
 
-check_system() {
-  "$1" -c 'import venv, ensurepip' 2>/dev/null || die "Python's venv module is missing. Debian and Ubuntu: apt-get install python3-venv"
+check_compiler() { # PYTHON
   command -v g++ >/dev/null || say "warning: no g++: DeepSpeed's CPU op and torch.compile will not build. Debian and Ubuntu: apt-get install g++ python3-dev"
   "$1" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
     say "warning: no Python.h: DeepSpeed's CPU op and torch.compile will not build. Debian and Ubuntu: apt-get install python3-dev"
@@ -51,13 +50,14 @@ quiet_pip() { # VENV args...
 install_file() { # VENV FILE
   local v=$1 file=$2
   if quiet_pip "$v" --no-deps --require-hashes -r "$reqs/installer.txt" 2>/dev/null &&
-     "$v/bin/uv" pip install --quiet --python "$v/bin/python" --compile-bytecode --no-deps --require-hashes -r "$file"; then return; fi
+     "$v/bin/uv" pip install --quiet --system-certs --python "$v/bin/python" --compile-bytecode --no-deps --require-hashes -r "$file"; then return; fi
   say "uv could not install $(basename "$file"); pip does it now (slower)"
   quiet_pip "$v" --no-deps --require-hashes -r "$file"
 }
 
 create() { # VENV
-  local py; py=$(find_python); check_system "$py"
+  local py; py=$(find_python)
+  "$py" -c 'import venv, ensurepip' 2>/dev/null || die "Python's venv module is missing. Debian and Ubuntu: apt-get install python3-venv"
   rm -rf "$1"; "$py" -m venv "$1"
 }
 
@@ -85,6 +85,10 @@ PY
   install_file "$1" "$file"
 }
 
+install() { # VENV FILE-IN-docker/requirements
+  install_file "$1" "$reqs/$2"
+}
+
 project() { # VENV
   quiet_pip "$1" --no-deps --no-build-isolation -e "$root"
 }
@@ -109,12 +113,13 @@ make() { # VENV DEVICE
     rm -f "$v/.complete"
   fi
   say "making $v for $device with $("$py" --version) ..."
+  check_compiler "$py"
   PYTHON=$py create "$v"; torch "$v" "$device"; requirements "$v" "$device"; project "$v"; check "$v"
   echo "$want" > "$v/.complete"
   say "done in $((SECONDS - t)) s"
 }
 
 case ${1:-} in
-  make|create|torch|requirements|project|check) "$@" ;;
+  make|create|torch|requirements|install|project|check) "$@" ;;
   *) die "usage: docker/venv.sh make VENV [auto|cpu|cuda]" ;;
 esac
