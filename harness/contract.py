@@ -252,6 +252,8 @@ def read_columns(path: Path, columns: tuple[str, ...] = ()) -> Any:
 
 def integers(column: Any) -> np.ndarray:
     """A pyarrow column of whole numbers without nulls as an array. pyarrow's own conversions import pandas, too."""
+    if column.null_count or not str(column.type).startswith("int"):
+        raise ContractError(f"a column of {column.type} with {column.null_count} nulls where whole numbers without nulls belong")
     chunks = getattr(column, "chunks", [column])
     types = [np.dtype(f"i{chunk.type.bit_width // 8}") for chunk in chunks]
     parts = [

@@ -137,6 +137,7 @@ def _put_in_place(temporary: Path, folder: Path, summary: DomainSummary, overwri
     """Rename the finished folder to its place. ``_locked`` is held."""
     if folder.exists():
         if _same(temporary, folder):
+            os.replace(temporary / "private" / "private.json", folder / "private" / "private.json")  # where it came from last
             return replace(summary, path=folder)
         if not overwrite:
             raise DomainExists(

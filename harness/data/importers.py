@@ -122,7 +122,7 @@ def import_parquet_pair(path: Path, ignore: Collection[str] = (), *, items: Path
         columns=columns,
         times=times,
         private_columns=private,
-        release=None if release is None else str(release),
+        release=str(release) if isinstance(release, int) else None,
         source={"format": "parquet", "files": [sequences_file.name, items_file.name]},
         dropped={},
     )

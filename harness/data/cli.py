@@ -1,0 +1,254 @@
+"""``harness data``: import, prepare, simulate, list, card, verify.
+
+In: the command line. Out: domains under the data root, tables on the terminal. Heavy modules are imported inside the
+commands, so that ``harness --help`` stays quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from harness.data.source import DomainSummary
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich", help="Make and look at domains: import, prepare, simulate, list, card, verify."
+)
+
+Root = Annotated[Path | None, typer.Option(help="Folder of the domains. Default: $HARNESS_DATA, else data/domains.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Replace a domain of this name that has other content.")]
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Wrong input is the user's to mend: one line, no traceback."""
+    from rich.console import Console
+
+    from harness.contract import ContractError
+    from harness.data.source import DataError
+
+    try:
+        yield
+    except (DataError, ContractError) as error:
+        Console(stderr=True).print(f"[bold red]error[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def _console() -> Console:
+    """A wide console where the output is no terminal: a log must not cut names."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 140)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command("import")
+def import_(
+    path: Annotated[
+        Path, typer.Argument(help="A folder with sequences.parquet and items.parquet, RecBole atomic files, or a S3-Rec text.")
+    ],
+    name: Annotated[str | None, typer.Argument(help="Name of the domain: small letters, digits, _. Default: the name of the path.")] = None,
+    format: Annotated[str, typer.Option(help="auto, parquet, recbole or s3rec.")] = "auto",
+    prepare: Annotated[bool, typer.Option("--prepare", help="Keep the earliest of repeated items, then the iterative 5-core.")] = False,
+    ignore: Annotated[list[str] | None, typer.Option(help="A column of the source to leave out; may be given several times.")] = None,
+    replace: Replace = False,
+    root: Root = None,
+) -> None:
+    """Import sequences that somebody has prepared. Lists are taken as given: oldest first, nothing filtered.
+
+    The last item of a user becomes the hidden test target, the one before it the validation target. Users with
+    fewer than three interactions are dropped and counted.
+
+    [bold]Examples[/]
+
+      harness data import ../shared/data/beauty2014
+
+      harness data import dataset/ml-100k/ml-100k.inter ml_100k --ignore release_year --ignore class
+
+      harness data import Beauty.txt beauty --format s3rec --prepare
+    """
+    from harness.data.importers import import_domain
+
+    with _plain_errors():
+        domain = name or path.resolve().stem.lower().replace("-", "_")
+        _report(import_domain(path, domain, root=root, format=format, prepare=prepare, ignore=ignore or (), overwrite=replace))
+
+
+@app.command()
+def prepare(
+    raw: Annotated[Path, typer.Argument(help="Folder with review_categories/, meta_categories/ and, if there are any, pictures/.")],
+    category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ...")],
+    name: Annotated[str | None, typer.Argument(help="Name of the domain. Default: the category in small letters.")] = None,
+    replace: Replace = False,
+    root: Root = None,
+) -> None:
+    """Prepare raw files of Amazon Reviews 2023: earliest of repeats, iterative 5-core, last item out.
+
+    [bold]Example[/]
+
+      harness data prepare data/raw Musical_Instruments
+    """
+    from harness.data.prepare import prepare_raw
+
+    with _plain_errors():
+        _report(prepare_raw(raw, category, name or category.lower(), root=root, overwrite=replace))
+
+
+@app.command()
+def simulate(
+    category: Annotated[list[str] | None, typer.Option(help="Only this category; may be given several times. Default: all nine.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    users: Annotated[int, typer.Option(help="Users of a domain.")] = 400,
+    items: Annotated[int, typer.Option(help="Items of a domain; at most as many as users.")] = 150,
+    raw: Annotated[Path | None, typer.Option(help="Keep the raw files in this folder.")] = None,
+    root: Root = None,
+) -> None:
+    """Simulate miniature Amazon 2023 domains (sim_musical_instruments, ...) with pictures, text and an oracle.
+
+    [bold]Examples[/]
+
+      harness data simulate
+
+      harness data simulate --category Video_Games --users 5000 --items 1000 --root /tmp/domains
+    """
+    from harness.data.simulate import CATEGORIES
+    from harness.data.simulate import simulate as run
+
+    with _plain_errors():
+        for summary in run(root, seed=seed, categories=category or tuple(CATEGORIES), users=users, items=items, raw=raw):
+            _report(summary)
+
+
+@app.command("list")
+def list_(root: Root = None) -> None:
+    """List the domains.
+
+    [bold]Example[/]
+
+      harness data list
+    """
+    from rich.table import Table
+
+    from harness.data.domain import data_root, list_domains
+
+    folder = root or data_root()
+    table = Table(title=f"Domains in {_plain(str(folder))}", title_justify="left")
+    table.add_column("domain", no_wrap=True)
+    for heading in ("users", "items", "interactions", "tie rate"):
+        table.add_column(heading, justify="right")
+    for heading in ("release", "digest"):
+        table.add_column(heading)
+    found = list_domains(folder)
+    for domain in found:
+        if domain.problem:
+            table.add_row(domain.name, *["-"] * 4, "[red]broken[/]", _plain(domain.problem))
+            continue
+        counts = [f"{domain.counts[key]:,}" for key in ("users", "items", "interactions")]
+        release = "SIMULATED" if domain.simulated else domain.release or "-"
+        table.add_row(domain.name, *counts, _share(domain.tie_rate), release, domain.digest[:12])
+    console = _console()
+    console.print(table)
+    if not found:
+        console.print("No domain yet. `harness data simulate` makes some, `harness data import` takes yours.")
+
+
+@app.command()
+def card(
+    name: Annotated[str, typer.Argument(help="A domain of `harness data list`.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    root: Root = None,
+) -> None:
+    """Show what a domain holds, and where it differs from what a domain of this name should hold.
+
+    [bold]Example[/]
+
+      harness data card beauty2014
+    """
+    from harness.data.card import make_card
+    from harness.data.domain import data_root
+
+    with _plain_errors():
+        found = make_card((root or data_root()) / name)
+        if as_json:
+            typer.echo(json.dumps(found.to_json(), indent=1))
+            return
+        _show_card(found.to_json())
+
+
+@app.command()
+def verify(name: Annotated[str, typer.Argument(help="A domain of `harness data list`.")], root: Root = None) -> None:
+    """Check files, order, ranges and digests of a domain.
+
+    [bold]Example[/]
+
+      harness data verify beauty2014
+    """
+    from harness.data.domain import data_root, validate_domain
+
+    with _plain_errors():
+        summary = validate_domain((root or data_root()) / name)
+        typer.echo(f"{summary.name}: complete and unchanged (digest {summary.digest[:12]})")
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def _report(summary: DomainSummary) -> None:
+    from harness.data.card import differences, expected_card
+    from harness.data.domain import read_private
+
+    console = _console()
+    counts = ", ".join(f"{summary.counts[key]:,} {key}" for key in ("users", "items", "interactions"))
+    state = "[green]written[/]" if summary.created else "[cyan]there already[/]"
+    console.print(f"{state} {summary.name}: {counts} (digest {summary.digest[:12]}) in {_plain(str(summary.path))}", highlight=False)
+    dropped = {key: count for key, count in read_private(summary.path).info["dropped"].items() if count}
+    if dropped:
+        console.print("  left out: " + ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in dropped.items()), highlight=False)
+    expected = expected_card(summary.name)
+    for line in differences(summary.counts, expected):
+        console.print(f"  [yellow]not the {summary.name} of {expected['source'] if expected else '?'}[/]: {line}", highlight=False)
+
+
+def _show_card(card: dict[str, object]) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{card['name']}{' (SIMULATED)' if card['simulated'] else ''}", title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", justify="right")
+    for key, value in card.items():
+        label = key.replace("_", " ")
+        if isinstance(value, dict) and key not in ("expected",):
+            for entry, number in value.items():
+                table.add_row(f"{label}: {entry.replace('_', ' ')}", f"{number:,.2f}" if isinstance(number, float) else f"{number:,}")
+        elif key in ("tie_rate", "density"):
+            table.add_row(label, _share(value))
+        elif isinstance(value, int) and not isinstance(value, bool):
+            table.add_row(label, f"{value:,}")
+        elif key == "digest":
+            table.add_row(label, str(value)[:12])
+        elif key == "release":
+            table.add_row(label, str(value or "-"))
+    expected, differences = card["expected"], card["differences"]
+    if isinstance(expected, dict) and isinstance(differences, list):
+        table.add_section()
+        verdict = "\n".join(f"[red]{line}[/]" for line in differences) or "[green]as expected[/]"
+        table.add_row(f"counts of {_plain(expected['source'])}", verdict)
+    _console().print(table)
+
+
+def _share(value: object) -> str:
+    return f"{100 * value:.2f} %" if isinstance(value, float) else "-"
