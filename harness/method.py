@@ -56,6 +56,8 @@ class MethodFile(Frozen):
     stages: tuple[Stage, ...] = (Stage(name="fit"),)
     configs: dict[str, dict[str, Any]]
     reference: dict[str, PublishedValue] = {}
+    suites: dict[str, tuple[str, ...]] = {}
+    """``[suites]``: configurations that join a suite by themselves, so that a new method needs no edit of a suite file."""
 
     @field_validator("configs")
     @classmethod
@@ -141,6 +143,10 @@ def load_method(folder: Path, project: Path) -> Method:
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: two stages have one name: {names}")
     configs = {name: _resolve(file, name, path) for name in file.configs}
+    for key, mentioned in (("suites", file.suites.values()), ("reference", (value.configs or () for value in file.reference.values()))):
+        for name in (name for names in mentioned for name in names):
+            if name not in configs:
+                raise ConfigError(f"{path}: {key}: no configuration {name!r}.{nearest(name, configs)}")
     return Method(folder=folder, file=file, configs=configs)
 
 

@@ -60,5 +60,5 @@ class Paths:
 
     @property
     def environments(self) -> Path:
-        """Virtual environments of methods that bring a ``requirements.txt``."""
-        return self.results / "environments"
+        """Virtual environments of methods that bring a ``requirements.txt`` (in the image: ``HARNESS_ENVIRONMENTS``)."""
+        return Path(os.environ.get("HARNESS_ENVIRONMENTS") or self.results / "environments")

@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -39,11 +38,10 @@ def packages() -> dict[str, str]:
     return found
 
 
-@functools.cache
-def environment_digests(methods: tuple[Method, ...]) -> dict[str, str]:
+def environment_digests(methods: tuple[Method, ...], where: Environment) -> dict[str, str]:
     """What of the environment enters the fit keys, by method; the empty name is the project's own environment."""
-    python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digests = {"": digest({"python": python, "packages": packages()})}
+    python = ".".join(where.python.split(".")[:2])
+    digests = {"": digest({"python": python, "packages": where.packages})}
     for method in methods:
         if method.requirements:
             digests[method.name] = digest({"python": python, "requirements": hashlib.sha256(method.requirements.read_bytes()).hexdigest()})

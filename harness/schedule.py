@@ -167,6 +167,17 @@ class Scheduler:
                 break
         return self._write(self._reporter.record(run, results, results[-1]))
 
+    def score_finished(self, run: PlannedRun) -> bool:
+        """Write the record of a run whose stages are all finished and whose record is not up to date. True if it did."""
+        if self.cached(run):
+            return False
+        results = [finished(stage_folder(self.paths, run.method, stage)) for stage in run.stages]
+        named = [result | {"stage": stage.name} for result, stage in zip(results, run.stages, strict=True) if result]
+        if len(named) < len(run.stages):
+            return False
+        self._write(self._reporter.record(run, named, named[-1]))
+        return True
+
     def _write(self, record: Record) -> Record:
         write_record(self.paths.records, record)
         return record

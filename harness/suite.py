@@ -157,7 +157,7 @@ def make_plan(suite: Suite, paths: Paths, methods: dict[str, Method], environmen
     """All runs of a suite. Raises ConfigError for a method, configuration or domain that does not exist."""
     keys = KeyMaker(paths, methods, environment, device, suite.precision)
     runs: list[PlannedRun] = []
-    for entry in suite.run:
+    for entry in (*suite.run, *_joining(suite, methods)):
         if entry.method not in methods:
             raise ConfigError(f"suite {suite.name}: no method {entry.method!r}.{nearest(entry.method, methods)}")
         method = methods[entry.method]
@@ -172,6 +172,17 @@ def make_plan(suite: Suite, paths: Paths, methods: dict[str, Method], environmen
     if repeated := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else set():
         raise ConfigError(f"suite {suite.name}: planned twice: {', '.join(sorted(repeated))}; take one of the entries out")
     return Plan(suite=suite.name, title=suite.title, runs=tuple(runs), metrics=suite.metrics)
+
+
+def _joining(suite: Suite, methods: dict[str, Method]) -> list[Entry]:
+    """Configurations whose ``method.toml`` says that they belong to this suite, without those that the suite names itself."""
+    named = {(entry.method, config) for entry in suite.run for config in entry.configs}
+    entries = []
+    for method in methods.values():
+        configs = tuple(c for c in method.file.suites.get(suite.name, ()) if (method.name, c) not in named)
+        if configs:
+            entries.append(Entry(method=method.name, configs=configs))
+    return entries
 
 
 def _plan_run(suite: Suite, entry: Entry, method: Method, config: Config, domain: str, seed: int, keys: KeyMaker, device: str) -> PlannedRun:

@@ -91,6 +91,8 @@ class Supervisor:
         signal.signal(signal.SIGTERM, lambda *_: os.write(self._stop_write, b"x"))
         isolation.prctl(isolation.PR_SET_CHILD_SUBREAPER, 1)
         level = isolation.best_level() if self.spec.isolation == "auto" else self.spec.isolation
+        if level == "user" and not _another_user_can_start(self.spec):
+            level = "convention"
         weak = level == "convention"
         own_processes = not weak and isolation.enter_pid_namespace()
         report_read, report_write = os.pipe()
@@ -285,6 +287,20 @@ def _become_method(spec: Spec, level: str, report: int, output: int) -> None:
         os.write(report, json.dumps({"level": level, "error": f"the method could not be started: {error!r}"}).encode())
     finally:
         os._exit(127)
+
+
+def _another_user_can_start(spec: Spec) -> bool:
+    """Whether the other user can run the method's Python and read what it needs; asked by becoming that user in a child."""
+    if os.geteuid() != 0:
+        return False
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setresgid(isolation.NOBODY, isolation.NOBODY, isolation.NOBODY)
+        os.setresuid(isolation.NOBODY, isolation.NOBODY, isolation.NOBODY)
+        needed = [path for path in spec.argv if path.startswith("/")] + [path for path in spec.write if os.path.isabs(path)]
+        os._exit(0 if all(os.access(path, os.F_OK) for path in needed) and os.access(spec.argv[0], os.X_OK) else 1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _become_nobody(spec: Spec) -> None:

@@ -39,31 +39,35 @@ class LocalExecutor:
     def run(self, task: StageTask) -> dict[str, Any]:
         folder = task.folder
         spec_path = write_spec(task, self._paths, self._contract)
-        command = [sys.executable, "-I", "-S", "-c", BOOT, str(PROJECT), str(spec_path)]
-        with open(folder.path / "supervisor.txt", "wb") as complaints:
+        with self._lock:
+            if self._stopped:
+                return interrupted()
+            process = start_supervisor(spec_path, folder.path / "supervisor.txt", task.lock)
+            self._running.add(process)
+        try:
+            process.wait()
+        finally:
             with self._lock:
-                if self._stopped:
-                    return interrupted()
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=complaints, stderr=complaints, start_new_session=True, pass_fds=(task.lock,)
-                )
-                self._running.add(process)
-            try:
-                process.wait()
-            finally:
-                with self._lock:
-                    self._running.discard(process)
-                    _close(process)
+                self._running.discard(process)
+                close_lifeline(process)
         return read_outcome(folder.path / "status.json", process.returncode, folder.path / "supervisor.txt")
 
     def stop(self) -> None:
         with self._lock:
             self._stopped = True
             for process in self._running:
-                _close(process)
+                close_lifeline(process)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
+def start_supervisor(spec_path: Path, complaints: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Start a supervisor on a spec. It holds ``lock`` open, and what it prints (nothing, if all is well) goes to ``complaints``."""
+    command = [sys.executable, "-I", "-S", "-c", BOOT, str(PROJECT), str(spec_path)]
+    with open(complaints, "wb") as said:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, start_new_session=True, pass_fds=(lock,))
+
+
+def close_lifeline(process: subprocess.Popen[bytes]) -> None:
+    """Tell a supervisor that its harness is gone: it ends its run and says ``interrupted``."""
     if process.stdin:
         with contextlib.suppress(OSError):
             process.stdin.close()
@@ -71,28 +75,37 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 def write_spec(task: StageTask, paths: Paths, contract: Path) -> Path:
     """Write ``job.json`` and the supervisor's ``spec.json`` and return the latter's path."""
+    task.job.cache.mkdir(parents=True, exist_ok=True)
+    task.job.write(task.folder.path / "job.json")
+    spec_path = task.folder.path / "spec.json"
+    write_json(spec_path, make_spec(task, paths, contract, environment_prefixes(task.python)))
+    return spec_path
+
+
+def make_spec(task: StageTask, paths: Paths, contract: Path, prefixes: set[str]) -> dict[str, Any]:
+    """What the supervisor is told. All paths are those of the place where it runs, so the task, the project's folder,
+    the contract and the prefixes of the Python environment must be given as they are called there."""
     job, folder = task.job, task.folder
     job_path = folder.path / "job.json"
-    job.write(job_path)
-    prefixes = {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], str(task.python.parent.parent), str(task.python.resolve().parent.parent)}
     read = [str(p) for p in (*task.method.source_folders(paths.project), contract, job_path, huggingface_home(), *job.inputs.values())]
     read += [str(domain.path) for domain in job.domains]
-    job.cache.mkdir(parents=True, exist_ok=True)
-    spec = {
+    return {
         "argv": [str(task.python), str(task.method.program), str(job_path)],
         "env": method_environment(task, str(contract)),
         "cwd": str(job.scratch),
         "log": str(folder.log),
         "status": str(folder.path / "status.json"),
-        "read": [*sorted(prefixes), *read],
+        "read": [*sorted({*prefixes, str(task.python.parent.parent)}), *read],
         "write": [str(p) for p in (job.output, job.cache, job.scratch, job.checkpoint)],
         "deadline": job.budget.deadline,
         "memory": job.budget.memory,
         "disk": job.budget.disk,
     }
-    spec_path = folder.path / "spec.json"
-    write_json(spec_path, spec)
-    return spec_path
+
+
+def environment_prefixes(python: Path) -> set[str]:
+    """Folders of this Python environment, and of the interpreter behind another one: what a method's process must read."""
+    return {sys.prefix, sys.base_prefix, sysconfig.get_paths()["purelib"], str(python.resolve().parent.parent)}
 
 
 def read_outcome(path: Path, returncode: int | None, complaints: Path) -> dict[str, Any]:

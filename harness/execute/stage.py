@@ -124,8 +124,9 @@ class StageTask:
 class Executor(Protocol):
     """Runs stages. ``run`` blocks until the stage has ended and returns the supervisor's outcome (``status.json``)."""
 
-    level: str
-    """Isolation that its runs reach: ``container``, ``landlock``, ``user`` or ``convention``."""
+    @property
+    def level(self) -> str:
+        """Isolation that its runs reach: ``container``, ``landlock``, ``user`` or ``convention``."""
 
     def environment(self) -> Environment:
         """The machine and packages that runs see (in a worker container, that container's)."""
