@@ -12,6 +12,7 @@ ARGS   ?=
 VENV   := .venv
 BIN    := $(CURDIR)/$(VENV)/bin
 
+HOST_PATH := $(PATH)
 # ninja, which compiles DeepSpeed's and torch's extensions, lies in the environment
 export PATH := $(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -23,7 +24,7 @@ help:           ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/' | expand -t 24
 
 venv:           ## the virtual environment .venv (DEVICE=auto|cpu|cuda, PYTHON=...)
-	@docker/venv.sh make $(VENV) $(DEVICE)
+	@PATH="$(HOST_PATH)" docker/venv.sh make $(VENV) $(DEVICE)
 
 benchmark: venv ## runs the suite (SUITE=auto: the four Amazon domains where they are prepared, else smoke)
 	@$(BIN)/harness run --suite $(SUITE) $(ARGS)

@@ -10,10 +10,13 @@ reqs=$root/docker/requirements
 say() { echo "venv: $*" >&2; }
 die() { say "$*"; exit 1; }
 
+# The interpreter itself, not a virtual environment's link to it: the active environment may be the one that is about to be removed.
 find_python() {
-  local p
+  local p found
   for p in ${PYTHON:-python3 python3.12 python3.11}; do
-    if "$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then command -v "$p"; return; fi
+    if found=$("$p" -c 'import sys; (3, 11) <= sys.version_info[:2] <= (3, 12) or sys.exit(1); print(sys._base_executable)' 2>/dev/null); then
+      echo "$found"; return
+    fi
   done
   die "needs Python 3.11 or 3.12 (tried: ${PYTHON:-python3 python3.12 python3.11}). Debian and Ubuntu: apt-get install python3 python3-venv; or: make PYTHON=/path/to/python"
 }
