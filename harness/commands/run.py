@@ -39,7 +39,8 @@ class Publish:
         self._tracker.follow(run, folder.out / "progress.jsonl")
 
     def run_finished(self, run: PlannedRun, record: Record, cached: bool) -> None:
-        self._tracker.run_finished(run, record, log_of(self._session, run.id))
+        if not cached:
+            self._tracker.run_finished(record, log_of(self._session, run.id))
 
 
 def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, selection: Selection, mlflow: bool, console: Console) -> int:
@@ -61,9 +62,10 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
     with Display(plan, console) as display:
         scheduler.run(slots, Observers(display, Publish(session, tracker) if tracker else None))
     records = read_records(session.paths.records, [run.id for run in plan.runs])
-    files, table = make_tables(session, records, console)
+    files = make_tables(session, records, console)
     if tracker:
-        url = tracker.finish(files, table)
+        url = tracker.finish(files)
+        tracker.close()
         if url:
             console.print(f"MLflow: {url}   (look at it any time with `harness ui`)", highlight=False)
     console.print(f"Tables: {files['md'].parent}", highlight=False)

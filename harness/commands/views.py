@@ -35,13 +35,13 @@ def oracles(session: Session) -> dict[str, dict[str, float]]:
     return found
 
 
-def make_tables(session: Session, records: dict[str, Record], console: Console) -> tuple[dict[str, Path], Any]:
-    """Build, print and write the comparison table. Returns the files by format, and the table."""
+def make_tables(session: Session, records: dict[str, Record], console: Console) -> dict[str, Path]:
+    """Build, print and write the comparison table. Returns the files by format."""
     from harness.table import build_table, to_rich, write_tables
 
     table = build_table(session.plan, records, oracles(session))
     console.print(to_rich(table))
-    return write_tables(table, session.paths.tables / session.plan.suite), table
+    return write_tables(table, session.paths.tables / session.plan.suite)
 
 
 def all_fine(plan: Plan, records: dict[str, Record]) -> bool:
@@ -51,7 +51,7 @@ def all_fine(plan: Plan, records: dict[str, Record]) -> bool:
 
 def show_table(session: Session, console: Console) -> int:
     records = read_records(session.paths.records, [run.id for run in session.plan.runs])
-    files, _ = make_tables(session, records, console)
+    files = make_tables(session, records, console)
     console.print(f"Tables: {files['md'].parent}", highlight=False)
     return 0 if all_fine(session.plan, records) else 1
 
