@@ -111,11 +111,21 @@ def environment_prefixes(python: Path) -> set[str]:
 def read_outcome(path: Path, returncode: int | None, complaints: Path) -> dict[str, Any]:
     """The supervisor's ``status.json``; where it left none it was killed itself, and that is the reason given."""
     try:
-        return json.loads(path.read_text())
+        outcome: dict[str, Any] = json.loads(path.read_text())
+        return outcome
     except (OSError, ValueError):
         said = complaints.read_text(errors="replace")[-500:] if complaints.exists() else ""
         return interrupted(f"the supervisor ended without a status (exit status {returncode}) {said}".strip())
 
 
 def interrupted(reason: str = "the harness was stopped") -> dict[str, Any]:
-    return {"ended_by": "lifeline", "reason": reason, "exit_code": None, "signal": None, "seconds": 0.0, "cpu_seconds": 0.0, "peak_memory": 0, "isolation": {}}
+    return {
+        "ended_by": "lifeline",
+        "reason": reason,
+        "exit_code": None,
+        "signal": None,
+        "seconds": 0.0,
+        "cpu_seconds": 0.0,
+        "peak_memory": 0,
+        "isolation": {},
+    }
