@@ -111,9 +111,9 @@ def prepare(
 @app.command()
 def simulate(
     category: Annotated[list[str] | None, typer.Option(help="Only this category; may be given several times. Default: all nine.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 1,
     users: Annotated[int, typer.Option(help="Users of a domain.")] = 400,
-    items: Annotated[int, typer.Option(help="Items of a domain; at most as many as users.")] = 150,
+    items: Annotated[int, typer.Option(help="Items of a domain; at most as many as users.")] = 160,
     raw: Annotated[Path | None, typer.Option(help="Keep the raw files in this folder.")] = None,
     root: Root = None,
 ) -> None:

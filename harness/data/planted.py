@@ -3,9 +3,9 @@
 The next item j of a user with last item i, hidden taste z and history H is drawn from
 
     p(j | i, z, H)  =  [j not in H] * score(j | i, z) / (sum of score over the items not in H)
-    score(j | i, z) =  0.35 * transition(j | i)    three successors of the item, known from other users' histories only
+    score(j | i, z) =  0.30 * transition(j | i)    three successors of the item, known from other users' histories only
                      + 0.20 * text(j | i)          items whose theme follows the theme of i; themes are words of the text
-                     + 0.15 * picture(j | i)       items of the colour of i; colours are seen in pictures only
+                     + 0.20 * picture(j | i)       items of the colour of i; colours are seen in pictures only
                      + 0.20 * taste(j | z)         the items that a group of users likes; only a whole history hints at z
                      + 0.10 * popularity(j)
 
@@ -39,9 +39,9 @@ import numpy as np
 from harness.contract import K
 from harness.data.source import DataError
 
-WEIGHTS = {"transition": 0.35, "text": 0.20, "picture": 0.15, "taste": 0.20, "popularity": 0.10}
+WEIGHTS = {"transition": 0.30, "text": 0.20, "picture": 0.20, "taste": 0.20, "popularity": 0.10}
 THEMES = 8
-COLOURS = 6
+COLOURS = 10
 TASTES = 5
 SUCCESSORS = np.array([0.6, 0.25, 0.15])
 SHORTEST, MEAN_EXTRA, LONGEST = 6, 4.0, 40
@@ -106,7 +106,7 @@ class Sample:
 
 def plant(n_items: int, rng: np.random.Generator, world: np.random.Generator) -> Planted:
     """Draw the parameters of a domain; ``world`` must be the same generator state for all domains of a simulation."""
-    popularity = 1.0 / (np.arange(n_items) + 5.0) ** 0.9
+    popularity = 1.0 / (np.arange(n_items) + 4.0)
     popularity = rng.permutation(popularity / popularity.sum())
     theme, colour = (np.concatenate([rng.permutation(k), rng.integers(0, k, n_items - k)]) for k in (THEMES, COLOURS))
     rng.shuffle(theme)

@@ -56,7 +56,18 @@ THEME_WORDS = (
     "neon pixel laser retro arcade",
 )
 BRANDS = ("Acme", "Borealis", "Cobalt", "Dunmore", "Everly", "Fennick", "Grover", "Halden")
-COLOURS = ((200, 40, 40), (40, 150, 60), (40, 70, 200), (230, 180, 30), (140, 60, 170), (20, 160, 170))
+COLOURS = (
+    (200, 30, 40),
+    (30, 140, 50),
+    (30, 60, 200),
+    (230, 200, 30),
+    (140, 50, 180),
+    (20, 180, 190),
+    (240, 120, 20),
+    (110, 70, 30),
+    (240, 120, 180),
+    (50, 50, 60),
+)
 PHRASES = ("Works as described.", "Bought it twice.", "Not what I expected", "Great value &amp; fast delivery.", "ok")
 START_MS = 1_514_764_800_000
 DAY_MS = 86_400_000
@@ -78,10 +89,10 @@ def sim_name(category: str) -> str:
 def simulate(
     root: Path | None = None,
     *,
-    seed: int = 0,
+    seed: int = 1,
     categories: Sequence[str] = tuple(CATEGORIES),
     users: int = 400,
-    items: int = 150,
+    items: int = 160,
     raw: Path | None = None,
 ) -> list[DomainSummary]:
     """Simulate ``categories`` and prepare them as domains under ``root`` (default: the data root).
@@ -152,10 +163,10 @@ def _known(categories: Sequence[str]) -> list[str]:
 def simulate_raw(
     folder: Path,
     *,
-    seed: int = 0,
+    seed: int = 1,
     categories: Sequence[str] = tuple(CATEGORIES),
     users: int = 400,
-    items: int = 150,
+    items: int = 160,
     compress: bool = True,
 ) -> None:
     """Write raw files of ``categories`` with ``users`` and ``items`` each (noise comes on top)."""

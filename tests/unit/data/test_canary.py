@@ -1,0 +1,99 @@
+"""Canaries: exact bounds, and that cheats stand out while honest methods do not."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from harness.contract import Domain
+from harness.data.canary import ITEMS, KINDS, USERS, bound, canary, most_hits
+from harness.data.domain import DataError, read_private, validate_domain
+
+
+def binomial_tail(n: int, p: float, h: int) -> float:
+    """P(X > h), summed from exact terms."""
+    return math.fsum(math.comb(n, x) * p**x * (1 - p) ** (n - x) for x in range(h + 1, n + 1))
+
+
+@pytest.mark.parametrize(("n", "p"), [(50, 0.1), (400, 0.02), (300, 0.3)])
+@pytest.mark.parametrize("alpha", [0.001, 0.05])
+def test_groups_of_one_give_the_binomial_bound(n, p, alpha):
+    h = most_hits(np.ones(n, int), p, alpha)
+    assert binomial_tail(n, p, h) <= alpha < binomial_tail(n, p, h - 1)
+
+
+def test_groups_against_all_outcomes():
+    sizes, p = np.array([3, 1, 4, 0, 2]), 0.3
+    tail = np.zeros(11)
+    for outcome in range(32):
+        wins = [outcome >> i & 1 for i in range(5)]
+        tail[: int(np.dot(wins, sizes))] += np.prod([p if win else 1 - p for win in wins])  # tail[h] = P(sum > h)
+    for alpha in (0.5, 0.1, 0.01, 0.001):
+        h = most_hits(sizes, p, alpha)
+        assert tail[h] <= alpha
+        assert h == 0 or tail[h - 1] > alpha
+
+
+def recall(lists, targets) -> float:
+    return float((np.asarray(lists)[:, :10] == targets[:, None]).any(1).mean())
+
+
+def by_transition(domain, *, with_validation: bool) -> np.ndarray:
+    pairs = np.zeros((domain.n_items, domain.n_items))
+    for items, valid in zip(domain.train, domain.valid, strict=True):
+        history = [*items, valid] if with_validation else items
+        np.add.at(pairs, (history[:-1], history[1:]), 1)
+    return np.argsort(-pairs[domain.valid], axis=1, kind="stable")[:, :10]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("entropy", [1, 2, 3])
+def test_honest_methods_pass_and_cheats_do_not(tmp_path, kind, entropy):
+    folder = canary(tmp_path / "d", kind=kind, entropy=entropy, pictures=False).path
+    domain, private = Domain.read(folder / "public"), read_private(folder)
+    assert (domain.n_users, domain.n_items) == (USERS, ITEMS)
+    limit = bound(folder / "public", kind=kind)
+    popular = np.argsort(-np.bincount(domain.train.values), kind="stable")[:10]
+    honest = [np.tile(popular, (USERS, 1)), by_transition(domain, with_validation=False)]
+    assert all(recall(lists, private.targets) <= limit.recall for lists in honest)
+    refit = recall(by_transition(domain, with_validation=True), private.targets)
+    assert (refit > 0.9) if kind == "canary_valid" else (refit <= limit.recall)
+    one_in_twenty = np.where(np.arange(USERS)[:, None] % 20 == 0, private.targets[:, None], honest[1])  # a leak for 5 % of the users
+    assert kind == "canary_valid" or recall(one_in_twenty, private.targets) > limit.recall
+
+
+def test_canary_targets_lie_outside_the_history(tmp_path):
+    folder = canary(tmp_path / "d", kind="canary", entropy=9, pictures=False).path
+    private = read_private(folder)
+    histories = Domain.read(folder / "public").test_inputs()
+    assert not any(target in history for history, target in zip(histories, private.targets, strict=True))
+    counts = np.bincount(private.targets, minlength=ITEMS)
+    assert counts.std() < 1.5 * np.sqrt(USERS / ITEMS)  # uniform
+
+
+def test_canary_valid_is_one_cycle_and_absent_from_training(tmp_path):
+    folder = canary(tmp_path / "d", kind="canary_valid", entropy=9, pictures=False).path
+    domain, private = Domain.read(folder / "public"), read_private(folder)
+    last = np.array([items[-1] for items in domain.train])
+    follows = dict(zip(last.tolist(), domain.valid.tolist(), strict=True))
+    assert all(follows[a] == b for a, b in zip(last.tolist(), domain.valid.tolist(), strict=True))
+    assert all(follows.get(v, t) == t for v, t in zip(domain.valid.tolist(), private.targets.tolist(), strict=True))
+    steps = [(a, b) for items in domain.train for a, b in zip(items[:-1].tolist(), items[1:].tolist(), strict=True)]
+    planted = sum(follows.get(a) == b for a, b in steps)
+    assert planted < len(steps) / ITEMS + 5 * np.sqrt(len(steps) / ITEMS)  # no more than chance
+
+
+def test_nothing_names_the_canary(tmp_path):
+    found = [canary(tmp_path / f"{kind}{entropy}", kind=kind, entropy=entropy, users=60, items=50) for kind in KINDS for entropy in (1, 2)]
+    for summary in found:
+        assert "canary" not in (summary.path / "public" / "domain.json").read_text()
+        assert "canary" not in summary.name
+        validate_domain(summary.path)
+        assert len(Domain.read(summary.path / "public").pictures) == 50
+    assert len({summary.digest for summary in found}) == 4
+    again = canary(tmp_path / "again", kind="canary", entropy=1, users=60, items=50)
+    assert again.digest == found[0].digest
+    with pytest.raises(DataError, match="unknown canary"):
+        canary(tmp_path / "x", kind="other", entropy=1)
