@@ -547,7 +547,7 @@ def read_predictions(path: Path, n_users: int, n_items: int, k: int = K) -> np.n
     data = read_regular(path, n_users * (k + 1) * 8 + (1 << 16))
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+    except Exception as error:  # zipfile raises many kinds for damaged headers
         raise InvalidOutput(f"{name} is not an npz archive ({error})") from error
     with archive:
         users_U = _read_array(archive, "users", (n_users,), name)

@@ -48,7 +48,6 @@ class Simulate(Frozen):
     users: int
     items: int
     seed: int = 1
-    domains: tuple[str, ...] | None = None
 
 
 class Suite(Frozen):

@@ -54,13 +54,13 @@ def choose_suite(name: str, paths: Paths, say: Callable[[str], None]) -> Suite:
 
 
 def ensure_simulated(suite: Suite, paths: Paths, say: Callable[[str], None]) -> None:
-    """Make the simulated domains that a suite asks for, if any of them is missing."""
-    wanted = (*suite.domains, *suite.pretrain)
-    if suite.simulate is None or all((paths.public(name) / "domain.json").exists() for name in wanted):
+    """Make the simulated domains that a suite asks for; those of the same recipe that are there already stay."""
+    if suite.simulate is None:
         return
-    say("simulating the domains (once) ...")
     from harness.data.simulate import simulate
 
+    if not all((paths.public(name) / "domain.json").exists() for name in (*suite.domains, *suite.pretrain)):
+        say("simulating the domains (once) ...")
     simulate(paths.data, seed=suite.simulate.seed, users=suite.simulate.users, items=suite.simulate.items)
 
 

@@ -1,0 +1,68 @@
+"""Every method that is found keeps the contract: the same checks as `harness check NAME`, leak tests included."""
+
+from __future__ import annotations
+
+import ast
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from harness.commands.check import CheckFailed, check_imports, check_method
+from harness.method import find_methods, load_method
+from harness.paths import PROJECT, Paths
+from tests.faults import lab
+
+METHODS = sorted(find_methods(Paths.default(), broken={}))
+SLOW_TO_CHECK = {name for name in METHODS if name not in ("popularity", "last_item")}
+
+
+def check(name: str, **options: bool) -> tuple[int, str]:
+    console = Console(file=io.StringIO(), width=200)
+    status = check_method(name, options.get("config"), options.get("quick", False), console)
+    return status, console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_CHECK else name for name in METHODS])
+def test_a_method_of_the_project_keeps_the_contract(name: str) -> None:
+    status, said = check(name)
+    assert status == 0, said
+
+
+def test_a_method_that_is_not_deterministic_is_caught() -> None:
+    status, said = check(str(lab.FAKES / "faulty"), config="not_deterministic", quick=True)
+    assert status == 1 and "differ between two runs with one seed" in said
+    assert "better than random" in said
+
+
+def test_a_method_that_trains_on_validation_items_is_caught() -> None:
+    status, said = check(str(lab.FAKES / "peeks"))
+    assert status == 1
+    failed = [line for line in said.splitlines() if "FAILS" in line]
+    assert len(failed) == 1 and "validation items" in failed[0], said
+
+
+def test_a_failing_method_is_reported_with_its_log() -> None:
+    status, said = check(str(lab.FAKES / "faulty"), config="crashes", quick=True)
+    assert status == 1 and "broken on purpose" in said
+
+
+def test_an_undeclared_import_is_caught(tmp_path: Path) -> None:
+    folder = tmp_path / "greedy"
+    folder.mkdir()
+    (folder / "method.toml").write_text('name = "greedy"\ntitle = "G"\nlineage = "trivial"\n[configs.default]\n')
+    (folder / "run.py").write_text("from harness.contract import main\nfrom harness.data import simulate\n")
+    with pytest.raises(CheckFailed, match=r"run.py:2 imports harness.data"):
+        check_imports(load_method(folder, PROJECT), PROJECT)
+    (folder / "run.py").write_text("import utgrec.semantic_ids\n")
+    if (PROJECT / "utgrec" / "__init__.py").exists():
+        with pytest.raises(CheckFailed, match="declare it"):
+            check_imports(load_method(folder, PROJECT), PROJECT)
+
+
+def test_no_module_of_the_harness_imports_torch() -> None:
+    for path in (PROJECT / "harness").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "torch" for name in names), path
