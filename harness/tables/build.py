@@ -7,9 +7,10 @@ only if every one of its planned seeds is ok: a mean over the seeds that happene
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
 from harness import metrics
 from harness.record import Environment, Record
@@ -100,7 +101,7 @@ def _state(run: PlannedRun, records: Mapping[str, Record], wanted: Iterable[str]
         return ("skipped", run.missing) if run.missing else ("missing", "no record; run the suite again")
     if record.ok and (absent := [name for name in wanted if name not in record.metrics]):
         return "missing", f"its record has no {', '.join(absent)}; score it again"
-    return record.status.state, _reason(record)
+    return record.status.state, "" if record.ok else _reason(record)
 
 
 def _reason(record: Record) -> str:
@@ -144,8 +145,11 @@ def aggregate(done: Sequence[Record], name: str, planned: int) -> Cell:
 
 
 def _cell(seeds: tuple[tuple[int, float], ...]) -> Cell:
-    values = [number for _, number in seeds]
-    return Cell(fmean(values), stdev(values) if len(values) > 1 else None, seeds)
+    mean = fmean(number for _, number in seeds)
+    if len(seeds) == 1:
+        return Cell(mean, None, seeds)
+    squares = math.fsum((number - mean) ** 2 for _, number in seeds)  # statistics.stdev, in fractions, took half of the time
+    return Cell(mean, math.sqrt(squares / (len(seeds) - 1)), seeds)
 
 
 def _costs(done: Sequence[Record]) -> dict[str, float | None]:

@@ -31,12 +31,13 @@ Values = dict[str, object]
 
 def to_csv(table: Table) -> str:
     out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
     for part in table.parts:
-        fixed = {"suite": table.suite, "data": "SIMULATED" if part.simulated else "real"}
+        fixed: Values = {"suite": table.suite, "data": "SIMULATED" if part.simulated else "real"}
         for values in _part(part):
-            writer.writerow({name: _plain(value) for name, value in (fixed | values).items()})
+            values |= fixed
+            writer.writerow([_plain(values.get(name)) for name in COLUMNS])
     return out.getvalue()
 
 
@@ -50,9 +51,10 @@ def _plain(value: object) -> object:
 
 
 def _part(part: Part) -> Iterator[Values]:
+    costs = cost_columns(part)
     for row in part.rows:
         named: Values = {"title": row.title, "method": row.method, "config": row.config, "isolation": row.isolation}
-        for values in _row(row, part):
+        for values in _row(row, part, costs):
             yield named | values
     for domain, known in part.oracle.items():
         for name in part.metrics:
@@ -65,14 +67,14 @@ def _part(part: Part) -> Iterator[Values]:
         }  # fmt: skip
 
 
-def _row(row: Row, part: Part) -> Iterator[Values]:
+def _row(row: Row, part: Part, costs: tuple[str, ...]) -> Iterator[Values]:
     for domain in part.domains:
         block = row.blocks[domain]
         about: Values = {"domain": domain, "state": block.state, "ok": block.ok, "planned": block.planned}
         notes, cost_notes = _notes(part, row.notes + block.notes), _notes(part, block.cost_notes)
         for name in part.metrics:
             yield about | {"kind": "result", "metric": name, "notes": notes} | _numbers(block.cells[name])
-        for name in cost_columns(part):
+        for name in costs:
             yield about | {"kind": "cost", "metric": COST_NAMES[name], "mean": block.cost.get(name), "notes": cost_notes}
     for name, cell in row.average.items():
         yield {"kind": "average", "domain": f"({len(part.domains)} domains)", "metric": name, "state": "ok"} | _numbers(cell)
