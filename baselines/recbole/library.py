@@ -72,7 +72,9 @@ def make_config(job: Job, model_class: type, *, domain: Domain, **more: Any) -> 
     for key in hyper:
         if key not in known:
             near = difflib.get_close_matches(key, known | OURS, 1)
-            raise ContractError(f"configuration key {key!r} is not one of RecBole's {model_class.recbole_name}{f'; {near[0]!r}?' if near else ''}")
+            raise ContractError(
+                f"configuration key {key!r} is not one of RecBole's {model_class.recbole_name}{f'; {near[0]!r}?' if near else ''}"
+            )
     torch.set_autocast_dtype(job.device, torch.bfloat16)  # RecBole would take fp16 on a GPU
     init_seed(config["seed"], config["reproducibility"])
     return config

@@ -13,6 +13,7 @@ import torch
 from recbole.model.sequential_recommender.bert4rec import BERT4Rec as RecBoleBERT4Rec
 from recbole.model.sequential_recommender.sasrec import SASRec as RecBoleSASRec
 from recbole.utils import InputType
+from torch import nn
 from torch.nn import functional as F
 
 from harness.contract import ContractError, Ragged
@@ -38,7 +39,14 @@ class SASRecBCE(RecBoleSASRec):
 
     def __init__(self, config, dataset):
         super().__init__(config, dataset)
-        self.loss_fct = lambda positive_B, negative_B: (F.softplus(-positive_B) + F.softplus(negative_B)).mean()
+        self.loss_fct = PairBCE()
+
+
+class PairBCE(nn.Module):
+    """-log sigmoid(positive) - log(1 - sigmoid(negative)), the mean over rows."""
+
+    def forward(self, positive_B, negative_B):
+        return (F.softplus(-positive_B) + F.softplus(negative_B)).mean()
 
 
 class BERT4Rec(RecBoleBERT4Rec):

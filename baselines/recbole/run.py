@@ -18,7 +18,7 @@ from harness.contract import Domain, Job, Meta, main, ndcg_at_10, skip, write_pr
 def start(job: Job, domain: Domain, **more: Any) -> tuple[Any, Any, Any]:
     """RecBole's config, trainer (with the model) and batches for a job."""
     torch.set_num_threads(job.budget.threads)
-    import library  # first: it mends numpy for RecBole  # noqa: I001
+    import library  # first: it mends numpy for RecBole
     from models import UnseenSampler, find_model
     from recbole.data.dataloader import TrainDataLoader
     from recbole.sampler import RepeatableSampler
@@ -38,8 +38,8 @@ def start(job: Job, domain: Domain, **more: Any) -> tuple[Any, Any, Any]:
         sampler = UnseenSampler(domain.train, domain.n_items)
     else:
         sampler = RepeatableSampler(["train"], dataset).set_phase("train")
-    trainer = Trainer(config, model_class(config, dataset).to(config["device"]))
-    return config, trainer, TrainDataLoader(config, dataset, sampler, shuffle=True)
+    loader = TrainDataLoader(config, dataset, sampler, shuffle=True)  # before the model: it names fields that BERT4Rec reads
+    return config, Trainer(config, model_class(config, dataset).to(config["device"])), loader
 
 
 def fit(job: Job) -> None:

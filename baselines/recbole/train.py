@@ -35,7 +35,9 @@ class Fitted:
     spent: float = 0.0
 
 
-def fit_epochs(job: Job, trainer: Trainer, loader: TrainDataLoader, epochs: int, eval_every: int, validate: Callable[[], float] | None) -> Fitted:
+def fit_epochs(
+    job: Job, trainer: Trainer, loader: TrainDataLoader, epochs: int, eval_every: int, validate: Callable[[], float] | None
+) -> Fitted:
     """Train until patience, budget or ``epochs`` ends it; leaves the best weights in the model (without ``validate`` the last)."""
     saver = Checkpoint(job, trainer, loader)
     saved = saver.load()
@@ -60,7 +62,9 @@ def fit_epochs(job: Job, trainer: Trainer, loader: TrainDataLoader, epochs: int,
         progress.log(fitted.epochs, of=epochs, **metrics)
         fitted.spent += time.monotonic() - start
         state = (stopping.best, stopping.evaluations, stopping.best_evaluation)
-        saver.save(epochs=fitted.epochs, steps=fitted.steps, spent=fitted.spent, best=best, stopping=state, used=job.budget.seconds - job.remaining)
+        saver.save(
+            epochs=fitted.epochs, steps=fitted.steps, spent=fitted.spent, best=best, stopping=state, used=job.budget.seconds - job.remaining
+        )
     if best is not None:
         trainer.model.load_state_dict(best)
     return fitted
@@ -86,7 +90,7 @@ class Checkpoint:
         self.trainer, self.loader = trainer, loader
         self._next = 0.0
 
-    def save(self, **counters: Any) -> None:
+    def save(self, **more: Any) -> None:
         start = time.monotonic()
         if start < self._next:
             return
@@ -101,7 +105,7 @@ class Checkpoint:
             "python": random.getstate(),
         }
         temporary = self.path.with_suffix(".tmp")
-        torch.save({**states, **counters}, temporary)
+        torch.save({**states, **more}, temporary)
         os.replace(temporary, self.path)
         end = time.monotonic()
         self._next = end + 10 * (end - start)

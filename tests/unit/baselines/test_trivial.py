@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,7 +38,7 @@ def make_domain(train: list[list[int]], valid: list[int], n_items: int) -> Domai
 
 def slow_successors(train: list[list[int]], last: int, n_items: int, k: int) -> list[int]:
     popularity = Counter(item for history in train for item in history)
-    pairs = Counter(b for history in train for a, b in zip(history, history[1:], strict=False) if a == last)
+    pairs = Counter(b for history in train for a, b in itertools.pairwise(history) if a == last)
     by_pairs = sorted(pairs, key=lambda item: (-pairs[item], -popularity[item], item))
     by_popularity = sorted(range(n_items), key=lambda item: (-popularity[item], item))
     ranked = by_pairs + [item for item in by_popularity if item not in pairs]
