@@ -12,11 +12,12 @@ and the value that an honest method does not exceed.
                    (x_(n-2), x_(n-1)) show all of it, eight times: a method that trains on validation items finds the
                    test item, one that trains on training items only cannot. Validation may still steer stopping.
 
-For an honest method on ``canary_valid``, users with the same last item can win or lose together (its list is a function
-of that item, say). So the bound adds up whole groups: the hits are sum_i c_i B_i with c_i users whose last item is i
-and B_i ~ Bernoulli(k / 498), since pi(i) is neither i nor the item that leads to i. This is the widest spread that
-lists without knowledge of pi can have. Choosing the best of up to 1,000 evaluations on validation is allowed and can
-lift the test value by luck, because validation is pi as well; the bound therefore holds at 0.001 / 1000.
+For an honest method on ``canary_valid``, users with the same last item can win or lose together (its list may be a
+function of that item alone). So the bound adds up whole groups: the hits are sum_i c_i B_i with c_i users whose last item is
+i and B_i ~ Bernoulli(k / 498), since pi(i) is neither i nor the item that leads to i. That is the widest spread that
+lists without knowledge of pi have (B_i and B_j depend on each other by 1/500 only). Choosing the best of up to
+1,000 evaluations on validation is allowed and can lift the test value by luck, because validation is pi as well;
+the bound therefore holds at 0.001 / 1000. It stays far from what training on validation gives (last_item: 1.0).
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ class Bound:
 def canary(folder: Path, *, kind: str, entropy: int, users: int = USERS, items: int = ITEMS, pictures: bool = True) -> DomainSummary:
     """Write a canary domain to ``folder``. ``entropy``: take it from ``secrets.randbits(128)`` and tell no method.
 
-    The name in ``domain.json`` is drawn from the entropy and is the same sort of name for both kinds.
+    The name in ``domain.json`` is drawn from the entropy and is the same sort of name for both kinds. Methods see the path of
+    the public part, too: let ``folder`` say nothing either (``folder = root / name`` of any neutral name).
     """
     if kind not in KINDS:
         raise DataError(f"unknown canary {kind!r}; known are {', '.join(KINDS)}")

@@ -110,7 +110,8 @@ def _write_private(
     item_ids = pa.array([source.item_ids[row] for row in item_order], pa.string())
     more = {key: pa.array([column[row] for row in item_order]) for key, column in source.private_columns.items()}
     _parquet(private / "items.parquet", {"item": items, "source_id": item_ids, **more})
-    write_json(private / "private.json", {**info, "digest": targets_digest(targets)})
+    ids = hashlib.sha256("\n".join((*user_ids.to_pylist(), "", *item_ids.to_pylist())).encode()).hexdigest()
+    write_json(private / "private.json", {**info, "digest": targets_digest(targets), "ids_digest": ids})
 
 
 def _item_table(columns: Mapping[str, Any], order: np.ndarray) -> dict[str, pa.Array]:

@@ -132,6 +132,21 @@ def test_the_same_again_stays_and_another_is_refused(tmp_path, source, written):
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".tmp")] == []
 
 
+def test_other_source_ids_are_another_domain(tmp_path, source):
+    """Even where the public part is the same: here F, which nobody has, becomes another item at the same rank."""
+    rank = sorted("ABCDEF", key=lambda name: hashlib.sha256(name.encode()).digest()).index("F")
+    twin = next(
+        name
+        for name in map(str, range(1000))
+        if sorted([*"ABCDE", name], key=lambda name: hashlib.sha256(name.encode()).digest()).index(name) == rank
+    )
+    first = write_domain(tmp_path / "d", source)
+    other = replace(source, item_ids=[*"ABCDE", twin])
+    assert write_domain(tmp_path / "e", other).digest == first.digest
+    with pytest.raises(DomainExists):
+        write_domain(tmp_path / "d", other)
+
+
 def test_a_failure_leaves_nothing(tmp_path, source):
     with pytest.raises(FileNotFoundError):
         write_domain(tmp_path / "d", source, pictures={"A": Path("/does/not/exist")})
@@ -162,6 +177,37 @@ def test_two_writers_at_once(tmp_path, source):
         writer.join()
     assert sorted(results.get() for _ in writers) == [False, False, False, True]
     validate_domain(tmp_path / "d")
+
+
+def _write_forever(folder, sources):
+    while True:
+        for source in sources:
+            write_domain(folder, source, pictures=PICTURES, overwrite=True)
+
+
+def test_killed_at_any_moment(tmp_path, source):
+    """A killed writer leaves one of its two domains whole, also while it replaces one by the other."""
+    other = replace(source, sequences=ragged([[0, 1, 3], [2, 1, 0, 3], [4, 4, 4], [0, 1], [3, 2, 1, 0, 5]]))
+    write_domain(tmp_path / "d", source, pictures=PICTURES)
+    rng = np.random.default_rng()
+    context = multiprocessing.get_context("fork")
+    for _ in range(25):
+        writer = context.Process(target=_write_forever, args=(tmp_path / "d", (other, source)))
+        writer.start()
+        writer.join(float(rng.uniform(0.01, 0.08)))
+        writer.kill()
+        writer.join()
+        validate_domain(tmp_path / "d")
+    write_domain(tmp_path / "d", source, pictures=PICTURES, overwrite=True)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"d", ".d.lock"}
+
+
+def test_folders_are_swapped_without_the_kernels_help(tmp_path, source, monkeypatch):
+    write_domain(tmp_path / "d", source)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
+    other = replace(source, item_ids=list("ABCDEX"))
+    assert write_domain(tmp_path / "d", other, overwrite=True).created
+    assert "X" in read_private(tmp_path / "d").item_ids
 
 
 @pytest.mark.parametrize(
