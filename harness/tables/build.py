@@ -87,7 +87,7 @@ def _part(plan: Plan, records: Mapping[str, Record], domains: Sequence[str], ora
         published=() if simulated else _published(runs, records),
         notes=notes.texts,
         warnings=() if simulated else _warnings(rows),
-        counts=dict(Counter(_state(run, records)[0] for run in planned)),
+        counts=dict(Counter(_state(run, records, plan.metrics)[0] for run in planned)),
     )
 
 

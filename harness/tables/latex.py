@@ -19,7 +19,7 @@ MAX_LINES = 48
 _ESCAPES = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    '"': r"\textquotedbl{}", "`": r"\textasciigrave{}", "-": "{-}", "'": r"{'}", "?": "{?}", "!": "{!}", ",": "{,}",
+    '"': "{''}", "`": r"\`{}", "-": "{-}", "'": r"{'}", "?": "{?}", "!": "{!}", ",": "{,}",
     "±": r"$\pm$", "×": r"$\times$", "–": "--", "—": "---", "…": r"\ldots{}", "§": r"\S{}",
 }  # fmt: skip
 

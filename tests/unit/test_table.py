@@ -116,6 +116,7 @@ def test_an_ok_record_without_the_metric_is_not_taken_for_a_zero() -> None:
     run = planned("A")
     table = build_table(plan(run), {run.id: recorded(run, metrics={"recall_at_5": record.Metric(mean=0.5, n=1)})})
     assert only_part(table).rows[0].blocks["office"].state == "missing"
+    assert only_part(table).counts == {"missing": 1}
     assert "score it again" in to_markdown(table)
 
 
