@@ -176,12 +176,14 @@ def environments() -> None:
 
 def main() -> None:
     """Console entry: errors a user can mend are printed in one line each, without a traceback."""
-    from harness.contract import ContractError
-    from harness.values import ConfigError
-
     try:
         app()
-    except (ConfigError, ContractError) as error:
+    except Exception as error:
+        from harness.contract import ContractError
+        from harness.values import ConfigError
+
+        if not isinstance(error, ConfigError | ContractError):
+            raise
         typer.secho(str(error), fg=typer.colors.RED, err=True)
         sys.exit(2)
 
