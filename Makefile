@@ -39,7 +39,7 @@ bench: venv     ## the speed measurements (pytest-benchmark)
 	@$(BIN)/python -m pytest tests/benchmarks -o addopts="--import-mode=importlib --strict-markers" --benchmark-only $(ARGS)
 
 lint: venv      ## ruff, mypy
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check --diff . >/dev/null || { echo "make format mends what it can"; exit 1; }
+	@$(BIN)/ruff check . && $(BIN)/ruff format --quiet --check . || { echo "make format mends what it can"; exit 1; }
 	@$(BIN)/mypy
 
 format: venv    ## ruff's fixes and formatting

@@ -72,6 +72,10 @@ class Compose:
             return error.code, error.read().decode()
 
 
+def has_table(output: str) -> bool:
+    return all(part in output for part in ("Popularity", "Last item", "N@10"))
+
+
 def free_port(wanted: int = 5000) -> int:
     """5000, as the README says, unless something listens there already."""
     for port in (wanted, 0):
@@ -189,8 +193,8 @@ def test_first_run_ends_with_a_table(compose: Compose) -> None:
             assert record["isolation"]["level"] == "container", (name, record["isolation"])
             assert record["isolation"]["network"] is True
             assert record["provenance"]["git_sha"] == compose.env["GIT_SHA"]
-    assert "NDCG@10" in done.stdout or "ndcg_at_10" in done.stdout
-    assert "CPU" in done.stdout  # said loudly: no GPU
+    assert has_table(done.stdout)
+    assert "No GPU is used" in done.stdout
 
 
 def test_second_run_resumes_and_retrains_nothing(compose: Compose) -> None:
@@ -200,7 +204,7 @@ def test_second_run_resumes_and_retrains_nothing(compose: Compose) -> None:
     seconds = time.monotonic() - started
     assert done.returncode == 0
     assert compose.read_records() == compose.records
-    assert "NDCG@10" in done.stdout or "ndcg_at_10" in done.stdout
+    assert has_table(done.stdout)
     print(f"second up: {seconds:.0f} s")
 
 
@@ -289,20 +293,7 @@ def test_data_service_answers(compose: Compose) -> None:
 
 def test_tests_run_in_the_image(compose: Compose) -> None:
     """A quick part of what ``docker compose run --rm tests`` runs."""
-    done = compose(
-        "run",
-        "--rm",
-        "-T",
-        "tests",
-        "python",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not containers and not slow and not faults",
-        "tests/unit",
-    )
+    command = "python -m pytest -q -p no:cacheprovider tests/unit/test_metrics.py tests/unit/test_contract.py tests/unit/test_suite.py"
+    done = compose("run", "--rm", "-T", "tests", *command.split())
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
