@@ -1,10 +1,10 @@
 """The command line: one verb a job of a user. Nothing heavy is imported before a verb is called.
 
-    harness data       import, simulate, list domains
-    harness plan       what would run, what is cached and why
-    harness run        run a suite: records, MLflow, table
-    harness table      the comparison table from the records
-    ...
+harness data       import, simulate, list domains
+harness plan       what would run, what is cached and why
+harness run        run a suite: records, MLflow, table
+harness table      the comparison table from the records
+...
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Domains: import files, simulate, list, show a card.")
 
 SuiteOption = Annotated[str, typer.Option("--suite", "-s", help="Name in harness/suites, path to a .toml file, or auto.")]
-ExecutorOption = Annotated[str, typer.Option(help="Where methods run: local (child processes), docker (a container a run), worker (compose).")]
+ExecutorOption = Annotated[
+    str, typer.Option(help="Where methods run: local (child processes), docker (a container a run), worker (compose).")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method, NAME or NAME/CONFIG; repeatable.")]
 DomainOption = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only this domain; repeatable.")]
@@ -82,7 +84,11 @@ def plan(
 
 @app.command(epilog="Example:  harness table --suite smoke")
 def table(
-    suite: SuiteOption = "auto", executor: ExecutorOption = "local", device: DeviceOption = "auto", method: MethodOption = None, domain: DomainOption = None
+    suite: SuiteOption = "auto",
+    executor: ExecutorOption = "local",
+    device: DeviceOption = "auto",
+    method: MethodOption = None,
+    domain: DomainOption = None,
 ) -> None:
     """Print the comparison table from the records and write it as Markdown, CSV, LaTeX and HTML."""
     from harness.commands.views import show_table
@@ -130,7 +136,9 @@ def ui() -> None:
 @app.command(epilog="Example:  harness check fmlprec")
 def check(
     name: Annotated[str, typer.Argument(help="Name of a method, or path of its folder.")],
-    config: Annotated[str | None, typer.Option(help="Configuration to check; default: the one it brings to the smoke suite, else its first.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Configuration to check; default: the one it brings to the smoke suite, else its first.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Leave out the two leak tests, which take longest.")] = False,
 ) -> None:
     """Prove that a method keeps the contract: outputs, determinism, better than random, no leak, no stray writes."""

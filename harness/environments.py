@@ -52,13 +52,24 @@ def make(method: Method, folder: Path) -> None:
             return
         shutil.rmtree(folder, ignore_errors=True)
         python = str(folder / "bin" / "python")
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes", "-r", str(method.requirements)]
+        install = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--require-hashes",
+            "-r",
+            str(method.requirements),
+        ]
         for command in ([sys.executable, "-m", "venv", str(folder)], install, [python, "-c", "import numpy, pyarrow"]):
             done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
             if done.returncode:
                 said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
                 raise ConfigError(
                     f"{method.requirements}: the environment of {method.name} cannot be made: `{' '.join(command[-3:])}` said:\n{said}\n"
-                    "It must pin everything with hashes (pip-compile --generate-hashes) and hold numpy and pyarrow, which the contract needs."
+                    "It must pin everything with hashes (uv pip compile --generate-hashes) and hold numpy and pyarrow, "
+                    "which the contract needs."
                 )
         (folder / STAMP).write_text("made whole\n")

@@ -152,7 +152,8 @@ def load_method(folder: Path, project: Path) -> Method:
 
 def _resolve(file: MethodFile, name: str, path: Path) -> Config:
     """A configuration with everything it inherits by ``extends``."""
-    chain, current = [], name
+    chain: list[str] = []
+    current: str | None = name
     while current is not None:
         if current in chain:
             raise ConfigError(f"{path}: configs.{name}: 'extends' runs in a circle: {' -> '.join([*chain, current])}")

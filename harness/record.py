@@ -232,14 +232,25 @@ def read_record(path: Path) -> Record:
     return build(Record, raw, path)
 
 
-def read_records(folder: Path, run_ids: Iterable[str] | None = None) -> dict[str, Record]:
-    """Records by run id: all in the folder, or those named (absent ones are left out)."""
+def read_records(folder: Path, run_ids: Iterable[str] | None = None, *, broken: dict[str, ConfigError] | None = None) -> dict[str, Record]:
+    """Records by run id: all in the folder, or those named (absent ones are left out).
+
+    A file that is no record raises, or lands in ``broken`` when that is given: one torn file must not cost the table.
+    """
     if run_ids is None:
         paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
     else:
         paths = [path for run_id in run_ids if (path := folder / f"{run_id}.json").exists()]
     with _out_of_the_collectors_sight(many=len(paths) >= MANY):
-        return {path.stem: read_record(path) for path in paths}
+        records = {}
+        for path in paths:
+            try:
+                records[path.stem] = read_record(path)
+            except ConfigError as error:
+                if broken is None:
+                    raise
+                broken[path.stem] = error
+        return records
 
 
 MANY = 1000

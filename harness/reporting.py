@@ -9,7 +9,8 @@ import datetime
 import functools
 from typing import Any
 
-from harness import provenance, record, score
+from harness import provenance, score
+from harness import record as records
 from harness.contract import PREDICTIONS, VALID_PREDICTIONS, Domain, InvalidOutput
 from harness.execute.stage import StageFolder
 from harness.method import Method
@@ -21,7 +22,7 @@ from harness.runspec import PlannedRun
 class Reporter:
     """Scores runs and writes their records; reads every domain once."""
 
-    def __init__(self, paths: Paths, methods: dict[str, Method], environment: record.Environment, command: str = ""):
+    def __init__(self, paths: Paths, methods: dict[str, Method], environment: records.Environment, command: str = ""):
         self._paths, self._methods, self._environment, self._command = paths, methods, environment, command
         self._started = now()
         self._domain = functools.cache(self._read_domain)
@@ -49,31 +50,36 @@ class Reporter:
             score.write_ranks(self._paths.secret / "ranks" / f"{run.id}.npz", scored.ranks)
         meta = end.get("meta") or {}
         return Record(
-            run=record.Run(id=run.id, fit_key=run.fit_key, score_key=self.score_key(run), stage_keys={s.name: s.key for s in run.stages}),
+            run=records.Run(id=run.id, fit_key=run.fit_key, score_key=self.score_key(run), stage_keys={s.name: s.key for s in run.stages}),
             method=self._method(run),
             domain=_card(public),
             seed=run.seed,
-            budget=record.BudgetUsed(seconds=run.budget.seconds, memory=run.budget.memory, threads=run.budget.threads),
-            status=record.Status(
-                state=state, reason=reason, exit_code=end.get("exit_code"), signal=end.get("signal"), stage=end.get("stage"), log_tail=end.get("log_tail", "")
+            budget=records.BudgetUsed(seconds=run.budget.seconds, memory=run.budget.memory, threads=run.budget.threads),
+            status=records.Status(
+                state=state,
+                reason=reason,
+                exit_code=end.get("exit_code"),
+                signal=end.get("signal"),
+                stage=end.get("stage"),
+                log_tail=end.get("log_tail", ""),
             ),
             metrics=scored.metrics if scored else {},
             valid_metrics=scored.valid_metrics if scored else {},
             slices=scored.slices if scored else {},
             behaviour=(meta.get("extra") or {}) | (scored.behaviour if scored else {}),
-            training=record.Training(**{name: meta[name] for name in record.Training.model_fields if name in meta}),
+            training=records.Training(**{name: meta[name] for name in records.Training.model_fields if name in meta}),
             cost=_cost(run, results, public),
             environment=self._environment,
             provenance=self._provenance(),
-            artefacts=tuple(record.Artefact(**output) for output in end.get("outputs", [])),
+            artefacts=tuple(records.Artefact(**output) for output in end.get("outputs", [])),
             reference=self._reference(run, scored, public),
             isolation=_isolation(results),
-            precision=record.Precision(dtype=meta.get("precision") or run.precision, attention=meta.get("attention")),
+            precision=records.Precision(dtype=meta.get("precision") or run.precision, attention=meta.get("attention")),
         )
 
-    def _method(self, run: PlannedRun) -> record.Method:
+    def _method(self, run: PlannedRun) -> records.Method:
         file = self._methods[run.method].file
-        return record.Method(
+        return records.Method(
             name=run.method,
             config=run.config,
             title=run.title,
@@ -83,11 +89,11 @@ class Reporter:
             configuration=run.configuration,
         )
 
-    def _provenance(self) -> record.Provenance:
+    def _provenance(self) -> records.Provenance:
         sha, dirty = provenance.git_state()
-        return record.Provenance(git_sha=sha, dirty=dirty, command=self._command, started=self._started, finished=now())
+        return records.Provenance(git_sha=sha, dirty=dirty, command=self._command, started=self._started, finished=now())
 
-    def _reference(self, run: PlannedRun, scored: score.Scored | None, public: Domain) -> record.Reference | None:
+    def _reference(self, run: PlannedRun, scored: score.Scored | None, public: Domain) -> records.Reference | None:
         """The published value of this cell. Only a comparable one gets a verdict: does our interval reach it?"""
         published = self._methods[run.method].reference(run.domain, run.config)
         if published is None or public.info.get("simulated"):
@@ -96,7 +102,9 @@ class Reporter:
         if published.comparable and scored:
             low = [name for name, value in published.metrics.items() if name in scored.metrics and (scored.metrics[name].high or 0) < value]
             verdict = f"below: {', '.join(low)}" if low else "reached"
-        return record.Reference(metrics=published.metrics, source=published.source, comparable=published.comparable, note=published.note, verdict=verdict)
+        return records.Reference(
+            metrics=published.metrics, source=published.source, comparable=published.comparable, note=published.note, verdict=verdict
+        )
 
 
 def unfinished(result: dict[str, Any]) -> dict[str, Any]:
@@ -108,10 +116,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _card(public: Domain) -> record.DomainCard:
+def _card(public: Domain) -> records.DomainCard:
     info = public.info
     counts = {name: int(info["counts"][name]) for name in ("users", "items", "interactions", "train_interactions")}
-    return record.DomainCard(
+    return records.DomainCard(
         name=public.name,
         digest=info["digest"],
         tie_rate=info.get("tie_rate"),
@@ -121,15 +129,15 @@ def _card(public: Domain) -> record.DomainCard:
     )
 
 
-def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> record.Cost:
+def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> records.Cost:
     if not results:
-        return record.Cost()
+        return records.Cost()
     stages = {result["stage"]: result["seconds"] for result in results}
     metas = [result["meta"] for result in results]
     predict = metas[-1]["timings"].get("predict")
     fit = [meta["timings"].get("fit") for meta in metas]
     device = [meta["peak_device_bytes"] for meta in metas if meta["peak_device_bytes"] is not None]
-    return record.Cost(
+    return records.Cost(
         stages=stages,
         shared_stages=tuple(stage.name for stage in run.stages if stage.domains != (run.domain,) and stage.name in stages),
         fit_seconds=sum(seconds or 0.0 for seconds in fit) if any(seconds is not None for seconds in fit) else None,
@@ -143,11 +151,11 @@ def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> rec
     )
 
 
-def _isolation(results: list[dict[str, Any]]) -> record.Isolation:
+def _isolation(results: list[dict[str, Any]]) -> records.Isolation:
     """The weakest level that any stage of the run had."""
     order = ("convention", "user", "landlock", "container")
     seen = [result["isolation"] for result in results if result.get("isolation")]
     if not seen:
-        return record.Isolation(level="convention", network=False, details="nothing was started")
+        return records.Isolation(level="convention", network=False, details="nothing was started")
     weakest = min(seen, key=lambda isolation: order.index(isolation["level"]))
-    return record.Isolation(**weakest)
+    return records.Isolation(**weakest)

@@ -66,7 +66,9 @@ class Slot:
 
 
 class Scheduler:
-    def __init__(self, plan: Plan, paths: Paths, methods: dict[str, Method], executor: Executor, pythons: dict[str, Path], command: str = ""):
+    def __init__(
+        self, plan: Plan, paths: Paths, methods: dict[str, Method], executor: Executor, pythons: dict[str, Path], command: str = ""
+    ):
         self.plan, self.paths, self.methods, self.executor = plan, paths, methods, executor
         self._pythons = pythons
         self._reporter = Reporter(paths, methods, executor.environment(), command)
@@ -182,7 +184,9 @@ class Scheduler:
         write_record(self.paths.records, record)
         return record
 
-    def _stage(self, run: PlannedRun, stage: PlannedStage, earlier: list[dict[str, Any]], slot: Slot, observer: Observer) -> dict[str, Any] | None:
+    def _stage(
+        self, run: PlannedRun, stage: PlannedStage, earlier: list[dict[str, Any]], slot: Slot, observer: Observer
+    ) -> dict[str, Any] | None:
         """The result of one stage: taken as it is if finished, else run now; None if it is busy elsewhere."""
         folder = stage_folder(self.paths, run.method, stage)
         if (result := finished(folder)) is not None:
@@ -213,7 +217,9 @@ class Scheduler:
 
     def _task(self, run: PlannedRun, stage: PlannedStage, folder: StageFolder, slot: Slot, lock: int) -> StageTask:
         method = self.methods[run.method]
-        before = {name: stage_folder(self.paths, run.method, other).out for name in stage.needs for other in run.stages if other.name == name}
+        before = {
+            name: stage_folder(self.paths, run.method, other).out for name in stage.needs for other in run.stages if other.name == name
+        }
         job = Job(
             run_id=run.id if stage is run.stages[-1] else f"{run.method}.{stage.name}.{stage.key[:12]}",
             stage=stage.name,
@@ -266,5 +272,3 @@ def make_slots(plan: Plan, cpus: int, gpus: int, jobs: int | None) -> list[Slot]
         return [Slot(gpu=index % gpus) for index in range(jobs or gpus)]
     threads = max((run.budget.threads for run in plan.runs), default=1)
     return [Slot()] * (jobs or max(1, cpus // threads))
-
-

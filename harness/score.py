@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from harness import contract, metrics
 from harness.record import Metric, Slice
@@ -83,13 +81,10 @@ def read_targets(private: Path, public: contract.Domain) -> np.ndarray:
     path = private / TARGETS
     _check_pair(private / "private.json", public)
     try:
-        table = pq.read_table(path, columns=["user", "target"])
+        table = contract.read_columns(path, ("user", "target"))
+        users_U, targets_U = (contract.integers(table[name]).astype(np.int64) for name in ("user", "target"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from ValueError and KeyError
         raise contract.ContractError(f"{path}: cannot be read: {error}; prepare the domain again") from error
-    for column in table.columns:
-        if column.null_count or not pa.types.is_integer(column.type):
-            raise contract.ContractError(f"{path}: users and targets must be whole numbers; prepare the domain again")
-    users_U, targets_U = (column.to_numpy().astype(np.int64) for column in table.columns)
     if not np.array_equal(np.sort(users_U), np.arange(public.n_users)):
         raise contract.ContractError(
             f"{path}: {len(np.unique(users_U)):,} users in {len(users_U):,} rows, but it must hold each user of 0..{public.n_users - 1}"

@@ -59,7 +59,7 @@ class Suite(Frozen):
     seeds: int = Field(ge=1)
     """How many: seeds 1..n, the same for all methods."""
     budget: BudgetFile
-    metrics: tuple[str, ...] = ("recall_at_5", "recall_at_10", "ndcg_at_5", "ndcg_at_10")
+    metrics: tuple[str, ...] = Field(("recall_at_5", "recall_at_10", "ndcg_at_5", "ndcg_at_10"), min_length=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     simulate: Simulate | None = None
     run: tuple[Entry, ...] = Field(min_length=1)
@@ -124,7 +124,9 @@ class KeyMaker:
             self._infos[domain] = read_domain_info(self._paths, domain)
         return self._infos[domain]
 
-    def stages(self, method: Method, config: Config, domain: str, pretrain: tuple[str, ...], seed: int, budget: Budget) -> tuple[PlannedStage, ...]:
+    def stages(
+        self, method: Method, config: Config, domain: str, pretrain: tuple[str, ...], seed: int, budget: Budget
+    ) -> tuple[PlannedStage, ...]:
         """The stages of one run with their keys; every stage's key covers the keys of the stages before it."""
         planned: list[PlannedStage] = []
         for stage in config.stages:
@@ -184,7 +186,9 @@ def _joining(suite: Suite, methods: dict[str, Method]) -> list[Entry]:
     return entries
 
 
-def _plan_run(suite: Suite, entry: Entry, method: Method, config: Config, domain: str, seed: int, keys: KeyMaker, device: str) -> PlannedRun:
+def _plan_run(
+    suite: Suite, entry: Entry, method: Method, config: Config, domain: str, seed: int, keys: KeyMaker, device: str
+) -> PlannedRun:
     limits = entry.budget or suite.budget
     budget = Budget(
         seconds=limits.seconds,

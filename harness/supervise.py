@@ -242,7 +242,14 @@ def _first_process(spec: Spec, level: str, own_processes: bool, report: int, out
         reached = confined.get("level", level)
         network = network or bool(confined.get("network")) or level == "container"
         details = ", ".join(
-            word for word, holds in (("own processes", own_processes), ("own /proc", mounts), ("no network", network), ("landlock", confined.get("files"))) if holds
+            word
+            for word, holds in (
+                ("own processes", own_processes),
+                ("own /proc", mounts),
+                ("no network", network),
+                ("landlock", confined.get("files")),
+            )
+            if holds
         )
         _tell(report, {"isolation": {"level": reached, "network": bool(network), "details": details}})
         if "error" in confined:

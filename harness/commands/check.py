@@ -142,7 +142,9 @@ def check_method(name: str, config: str | None, quick: bool, console: Console) -
                 console.print(f"[yellow]skipped[/]  {escape(str(error))}", highlight=False)
                 return int(failed > 0)
             console.print(f"  {mark} {title}: {escape(said)}  [dim]({time.monotonic() - began:.0f} s)[/]", highlight=False)
-    console.print(f"[green]{method.name} keeps the contract.[/]" if not failed else f"[red]{failed} checks failed.[/] See baselines/README.md.")
+    console.print(
+        f"[green]{method.name} keeps the contract.[/]" if not failed else f"[red]{failed} checks failed.[/] See baselines/README.md."
+    )
     return int(failed > 0)
 
 
@@ -170,7 +172,9 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
     def output() -> str:
         first.append(laboratory.run(TARGET, "first"))
         record = first[0].record
-        return f"{record.domain.users} users, every list valid, isolation {record.isolation.level}, {sum(record.cost.stages.values()):.1f} s"
+        return (
+            f"{record.domain.users} users, every list valid, isolation {record.isolation.level}, {sum(record.cost.stages.values()):.1f} s"
+        )
 
     def repeated() -> str:
         _need(first)
@@ -202,11 +206,17 @@ def check_imports(method: Method, project: Path) -> str:
     """Only ``harness.contract`` and declared ``sources`` of this project may be imported. Raises CheckFailed."""
     declared = {source.removesuffix(".py").replace("/", ".") for source in method.file.sources}
     rooms = {path.name for path in project.iterdir() if path.is_dir() and (path / "__init__.py").exists()} | {"baselines", "tests"}
-    for path in (p for root in method.source_folders(project) for p in (list_files(root) if root.is_dir() else [root]) if p.suffix == ".py"):
+    for path in (
+        p for root in method.source_folders(project) for p in (list_files(root) if root.is_dir() else [root]) if p.suffix == ".py"
+    ):
         for line, module in _imports(path):
             inside = any(module == name or module.startswith(f"{name}.") for name in declared)
             if module.split(".")[0] in rooms and module != "harness.contract" and not inside:
-                mend = "only harness.contract is for methods" if module.startswith("harness") else f"declare it in method.toml: sources = ['{module.replace('.', '/')}']"
+                mend = (
+                    "only harness.contract is for methods"
+                    if module.startswith("harness")
+                    else f"declare it in method.toml: sources = ['{module.replace('.', '/')}']"
+                )
                 raise CheckFailed(f"{path.name}:{line} imports {module}; {mend}")
     return "harness.contract" + (f" and {', '.join(sorted(declared))}" if declared else "") + " only"
 

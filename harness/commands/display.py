@@ -111,7 +111,9 @@ class Display:
             table.add_column(name)
         for entry in running:
             seconds = f"{time.monotonic() - entry.since:.0f} s"
-            table.add_row(Text(entry.run.title), Text(entry.run.domain), str(entry.run.seed), entry.stage or "waiting", seconds, Text(entry.latest()))
+            table.add_row(
+                Text(entry.run.title), Text(entry.run.domain), str(entry.run.seed), entry.stage or "waiting", seconds, Text(entry.latest())
+            )
         total = len(self._plan.runs)
         elapsed = time.monotonic() - self._began
         head = Text(f"{self._plan.title}: {done} of {total} runs done ({states or 'none yet'}), {elapsed:.0f} s", style="bold")

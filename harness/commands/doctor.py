@@ -83,7 +83,11 @@ def _gpu() -> Finding:
     cards = provenance.gpus()
     torch = provenance.packages().get("torch", "")
     if not cards:
-        return NOTE, "none (nvidia-smi lists no GPU): everything runs on the CPU", "with Docker: COMPOSE_FILE line in .env (see .env.example)"
+        return (
+            NOTE,
+            "none (nvidia-smi lists no GPU): everything runs on the CPU",
+            "with Docker: COMPOSE_FILE line in .env (see .env.example)",
+        )
     if "+cpu" in torch:
         return BAD, f"{len(cards)} x {cards[0][0]}, but torch {torch} is a CPU build", "rm -rf .venv && make venv DEVICE=cuda"
     return GOOD, f"{len(cards)} x {cards[0][0]}, {cards[0][1]}, driver {cards[0][2]}", ""
@@ -91,20 +95,32 @@ def _gpu() -> Finding:
 
 def _memory() -> Finding:
     gib = provenance.memory_bytes() / 2**30
-    return (NOTE if gib < 8 else GOOD), f"{gib:.1f} GiB, {provenance.cpu_count()} cores ({provenance.cpu_model()})", "--jobs 1 if runs end with oom" if gib < 8 else ""
+    return (
+        (NOTE if gib < 8 else GOOD),
+        f"{gib:.1f} GiB, {provenance.cpu_count()} cores ({provenance.cpu_model()})",
+        "--jobs 1 if runs end with oom" if gib < 8 else "",
+    )
 
 
 def _disk() -> Finding:
     results = Paths.default().results
     place = next(path for path in (results, *results.parents) if path.exists())
     gib = shutil.disk_usage(place).free / 2**30
-    return (BAD if gib < 2 else NOTE if gib < 20 else GOOD), f"{gib:.0f} GiB free at {place}", "free some, or set HARNESS_RESULTS to another disk" if gib < 20 else ""
+    return (
+        (BAD if gib < 2 else NOTE if gib < 20 else GOOD),
+        f"{gib:.0f} GiB free at {place}",
+        "free some, or set HARNESS_RESULTS to another disk" if gib < 20 else "",
+    )
 
 
 def _compiler() -> Finding:
     missing = [name for name in ("g++", "ninja") if not shutil.which(name) and not os.path.exists(os.path.join(sys.prefix, "bin", name))]
     if missing:
-        return NOTE, f"not there: {', '.join(missing)} (needed by DeepSpeed on the CPU and by torch.compile)", "sudo apt-get install g++ ninja-build"
+        return (
+            NOTE,
+            f"not there: {', '.join(missing)} (needed by DeepSpeed on the CPU and by torch.compile)",
+            "sudo apt-get install g++ ninja-build",
+        )
     return GOOD, "g++ and ninja", ""
 
 

@@ -31,6 +31,11 @@ def create(name: str, console: Console) -> int:
     load_method(folder, PROJECT)
     shown = folder.relative_to(PROJECT)
     console.print(f"{shown} is there and works as it is. Next:")
-    for step in (f"edit {shown}/run.py and {shown}/method.toml", f"harness check {name}", f"harness run --suite smoke -m {name}", "harness table --suite smoke"):
+    for step in (
+        f"edit {shown}/run.py and {shown}/method.toml",
+        f"harness check {name}",
+        f"harness run --suite smoke -m {name}",
+        "harness table --suite smoke",
+    ):
         console.print(f"    {step}", highlight=False)
     return 0

@@ -18,9 +18,9 @@ from rich.console import Console
 from harness import environments
 from harness.commands.display import Display, Observers
 from harness.commands.prepare import Selection, Session, log_of, open_session
-from harness.commands.views import all_fine, make_tables
+from harness.commands.views import all_fine, make_tables, records_of
 from harness.execute.stage import Executor, StageFolder
-from harness.record import Record, read_records
+from harness.record import Record
 from harness.runspec import PlannedRun, PlannedStage
 from harness.schedule import Scheduler, make_slots
 from harness.values import ConfigError
@@ -61,7 +61,7 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
     stopped = stop_on_signals(scheduler, console)
     with Display(plan, console) as display:
         scheduler.run(slots, Observers(display, Publish(session, tracker) if tracker else None))
-    records = read_records(session.paths.records, [run.id for run in plan.runs])
+    records = records_of(session, console)
     files = make_tables(session, records, console)
     if tracker:
         url = tracker.finish(files)
@@ -76,9 +76,14 @@ def announce(session: Session, executor: Executor, console: Console) -> None:
     plan, environment = session.plan, executor.environment()
     device = plan.runs[0].device
     where = environment.gpu if device == "cuda" else f"CPU: {environment.cpu}, {environment.cpus} cores"
-    console.print(f"[bold]{plan.title}[/]: {len(plan.runs)} runs, {len(plan.titles)} methods, {len(plan.domains)} domains on {where}", highlight=False)
+    console.print(
+        f"[bold]{plan.title}[/]: {len(plan.runs)} runs, {len(plan.titles)} methods, {len(plan.domains)} domains on {where}", highlight=False
+    )
     if device == "cpu":
-        console.print("[yellow]No GPU is used: everything runs on the CPU.[/] Neural methods are slow there; `harness doctor` says how to switch one on.")
+        console.print(
+            "[bold yellow]NO GPU IS USED: everything runs on the CPU.[/] Neural methods are slow there; "
+            "`harness doctor` says how to switch one on."
+        )
     if executor.level != "container":
         console.print(f"Isolation of methods: {executor.level}.", highlight=False)
 
@@ -111,5 +116,3 @@ def stop_on_signals(scheduler: Scheduler, console: Console) -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     return stopped
-
-

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -35,6 +36,15 @@ def oracles(session: Session) -> dict[str, dict[str, float]]:
     return found
 
 
+def records_of(session: Session, console: Console) -> dict[str, Record]:
+    """The records of a plan; one that cannot be read is named and counts as missing."""
+    broken: dict[str, ConfigError] = {}
+    records = read_records(session.paths.records, [run.id for run in session.plan.runs], broken=broken)
+    for error in broken.values():
+        console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+    return records
+
+
 def make_tables(session: Session, records: dict[str, Record], console: Console) -> dict[str, Path]:
     """Build, print and write the comparison table. Returns the files by format."""
     from harness.table import build_table, to_rich, write_tables
@@ -50,7 +60,7 @@ def all_fine(plan: Plan, records: dict[str, Record]) -> bool:
 
 
 def show_table(session: Session, console: Console) -> int:
-    records = read_records(session.paths.records, [run.id for run in session.plan.runs])
+    records = records_of(session, console)
     files = make_tables(session, records, console)
     console.print(f"Tables: {files['md'].parent}", highlight=False)
     return 0 if all_fine(session.plan, records) else 1
@@ -69,13 +79,24 @@ def show_plan(session: Session, executor: Executor, console: Console) -> int:
         before = seconds.get((run.method, run.config, run.domain))
         if what == "run":
             total += before if before is not None else run.budget.seconds
-        cells = (run.title, run.domain, str(run.seed), what, why, f"{run.budget.seconds:,.0f} s", "" if before is None else f"{before:,.1f} s")
+        cells = (
+            run.title,
+            run.domain,
+            str(run.seed),
+            what,
+            why,
+            f"{run.budget.seconds:,.0f} s",
+            "" if before is None else f"{before:,.1f} s",
+        )
         table.add_row(*map(Text, cells), style=PLANNED_STATES[what])
     console.print(table)
     unknown = sum(1 for run in session.plan.runs if (run.method, run.config, run.domain) not in seconds)
     hours = f"{total / 3600:.1f} h" if total >= 3600 else f"{total / 60:.1f} min"
     kind = "GPU time" if session.plan.runs and session.plan.runs[0].device == "cuda" else "time"
-    console.print(f"At most about {hours} of {kind} in one slot ({unknown} of {len(session.plan.runs)} runs are estimated by their budget).", highlight=False)
+    console.print(
+        f"At most about {hours} of {kind} in one slot ({unknown} of {len(session.plan.runs)} runs are estimated by their budget).",
+        highlight=False,
+    )
     return 0
 
 
@@ -93,7 +114,7 @@ def _intention(session: Session, scheduler: Scheduler, run: Any) -> tuple[str, s
     path = session.paths.records / f"{run.id}.json"
     if path.exists():
         try:
-            state = read_record(path).status.state
+            state: str = read_record(path).status.state
         except ConfigError:
             state = "unreadable"
         return "run", f"the last try: {state}"
@@ -113,7 +134,7 @@ def score_again(session: Session, executor: Executor, console: Console) -> int:
 def known_seconds(session: Session) -> dict[tuple[str, str, str], float]:
     """What runs of the same method, configuration and domain have cost before (the last record seen)."""
     seconds = {}
-    for record in read_records(session.paths.records).values():
+    for record in read_records(session.paths.records, broken={}).values():
         if record.ok:
             seconds[(record.method.name, record.method.config, record.domain.name)] = sum(record.cost.stages.values())
     return seconds
@@ -124,7 +145,7 @@ def publish(session: Session, console: Console) -> int:
     from harness.table import build_table, write_tables
     from harness.tracking import publish as publish_records
 
-    records = read_records(session.paths.records, [run.id for run in session.plan.runs])
+    records = records_of(session, console)
     table = build_table(session.plan, records, oracles(session))
     files = write_tables(table, session.paths.tables / session.plan.suite)
     summary = publish_records(session.plan, records, lambda run_id: log_of(session, run_id), session.paths.results, files)

@@ -19,7 +19,13 @@ from harness.execute.stage import StageFolder
 from harness.paths import Paths
 
 LOG_TAIL = 4000
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError", "CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "Cannot allocate memory")
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "OutOfMemoryError",
+    "CUDA out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory",
+)
 MAX_FILES = 10_000
 
 

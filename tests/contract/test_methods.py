@@ -64,5 +64,11 @@ def test_an_undeclared_import_is_caught(tmp_path: Path) -> None:
 def test_no_module_of_the_harness_imports_torch() -> None:
     for path in (PROJECT / "harness").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             assert not any(name.split(".")[0] == "torch" for name in names), path

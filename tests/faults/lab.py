@@ -59,7 +59,15 @@ def make_domain(paths: Paths, name: str = "small", users: int = 120, items: int 
     write_domain(paths.domain(name), source)
 
 
-def make_fake_plan(paths: Paths, entries: Iterable[Entry], seeds: int = 1, seconds: float = 4.0, grace: float = 1.0, memory_gib: float = 0.7, disk_gib: float = 0.2) -> Plan:
+def make_fake_plan(
+    paths: Paths,
+    entries: Iterable[Entry],
+    seeds: int = 1,
+    seconds: float = 4.0,
+    grace: float = 1.0,
+    memory_gib: float = 0.7,
+    disk_gib: float = 0.2,
+) -> Plan:
     suite = Suite(
         name="faults",
         title="Faults",

@@ -20,8 +20,8 @@ from harness.execute.local import BOOT
 from harness.paths import PROJECT
 from harness.record import Record
 from harness.suite import Entry
-from tests.faults import lab
 from tests.fakes.cheat.attacks import ATTACKS
+from tests.faults import lab
 
 ATTACK_NAMES = [
     "reads_private_by_path",
@@ -149,7 +149,14 @@ def attack_at(level: str, place: Path, port: int, attacks: list[str], python: st
     return json.loads((stage / "out" / "found.json").read_text()), outcome["isolation"]
 
 
-READING = ["reads_private_by_path", "reads_private_through_proc", "reads_results_and_ranks", "reaches_network", "ends_the_harness", "looks_at_processes"]
+READING = [
+    "reads_private_by_path",
+    "reads_private_through_proc",
+    "reads_results_and_ranks",
+    "reaches_network",
+    "ends_the_harness",
+    "looks_at_processes",
+]
 
 
 def test_landlock_level(place: Path, port: int) -> None:

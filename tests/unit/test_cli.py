@@ -37,7 +37,11 @@ def home(tmp_path: Path) -> Path:
 
 
 def harness(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HARNESS_DATA": str(home / "data"), "HARNESS_RESULTS": str(home / "results"), "HARNESS_METHODS": str(home / "methods")}
+    environment = os.environ | {
+        "HARNESS_DATA": str(home / "data"),
+        "HARNESS_RESULTS": str(home / "results"),
+        "HARNESS_METHODS": str(home / "methods"),
+    }
     return subprocess.run([sys.executable, "-m", "harness.cli", *arguments], capture_output=True, text=True, env=environment, cwd=PROJECT)
 
 
@@ -49,7 +53,15 @@ def test_every_verb_has_help_with_an_example() -> None:
 
 
 def test_help_and_run_import_nothing_heavy(home: Path) -> None:
-    code = "import sys; sys.argv = ['harness', *sys.argv[1:]]\nfrom harness.cli import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nprint('HEAVY', sorted({'torch','mlflow','polars'} & set(sys.modules)))"
+    code = """
+import sys
+from harness.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print("HEAVY", sorted({"torch", "mlflow", "polars"} & set(sys.modules)))
+"""
     environment = os.environ | {"HARNESS_DATA": str(home / "data"), "HARNESS_RESULTS": str(home / "results")}
     for arguments in (["--help"], ["run", "--suite", str(home / "tiny.toml"), "--no-mlflow"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, cwd=PROJECT)

@@ -24,17 +24,28 @@ def domain() -> Domain:
     """Three users; the last item of each list is the validation target, the test target is not here."""
     train = [history[:-1] for history in HISTORIES]
     offsets = np.cumsum([0, *map(len, train)])
-    return Domain(Path("x"), "x", 3, 40, Ragged(np.concatenate(train).astype(np.int32), offsets), np.array([h[-1] for h in HISTORIES], np.int32), {})
+    return Domain(
+        Path("x"), "x", 3, 40, Ragged(np.concatenate(train).astype(np.int32), offsets), np.array([h[-1] for h in HISTORIES], np.int32), {}
+    )
 
 
 def make_job(folder: Path, **changes: object) -> Job:
     for name in ("out", "cache", "scratch", "checkpoint"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     values: dict = dict(
-        run_id="r", stage="fit", method="m", configuration={"lr": 0.1}, domains=(DomainRef("d", folder / "d"),), inputs={"a": folder / "a"},
-        output=folder / "out", cache=folder / "cache", scratch=folder / "scratch", checkpoint=folder / "checkpoint", seed=7,
+        run_id="r",
+        stage="fit",
+        method="m",
+        configuration={"lr": 0.1},
+        domains=(DomainRef("d", folder / "d"),),
+        inputs={"a": folder / "a"},
+        output=folder / "out",
+        cache=folder / "cache",
+        scratch=folder / "scratch",
+        checkpoint=folder / "checkpoint",
+        seed=7,
         budget=Budget(seconds=10, deadline=20, memory=1 << 30, disk=1 << 30, threads=1),
-    )  # fmt: skip
+    )
     return Job(**(values | changes))
 
 
@@ -48,14 +59,14 @@ def test_job_survives_the_file(tmp_path: Path) -> None:
 def test_a_wrong_job_is_named(tmp_path: Path, change: dict, words: str) -> None:
     raw = make_job(tmp_path).to_json() | change
     (tmp_path / "job.json").write_text(json.dumps(raw))
-    with pytest.raises(ContractError, match="job.json") as error:
+    with pytest.raises(ContractError, match=r"job\.json") as error:
         Job.read(tmp_path / "job.json")
     assert words in str(error.value)
 
 
 def test_training_rows_are_every_prefix_and_nothing_else(domain: Domain) -> None:
     inputs, targets = domain.training_rows()
-    expected = [(list(h[: i][-20:]), h[i]) for history in HISTORIES for h in [history[:-1]] for i in range(1, len(h))]
+    expected = [(list(h[:i][-20:]), h[i]) for history in HISTORIES for h in [history[:-1]] for i in range(1, len(h))]
     assert [(list(row), target) for row, target in zip(inputs, targets, strict=True)] == expected
 
 
@@ -181,7 +192,7 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
 
 def test_json_is_whole_or_absent(tmp_path: Path) -> None:
     contract.write_json(tmp_path / "a.json", {"a": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="JSON compliant"):
         contract.write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
@@ -202,6 +213,7 @@ def test_not_a_domain_is_named(tmp_path: Path) -> None:
 
 def test_the_contract_imports_nothing_but_numpy_and_pyarrow() -> None:
     """Also not pandas, which pyarrow loads when it is asked in the wrong way: half a second at the start of every method."""
-    code = "import sys, harness.contract; print(sorted({m.split('.')[0] for m in sys.modules} & {'torch','pandas','mlflow','polars','pydantic','typer','rich'}))"
+    heavy = {"torch", "pandas", "mlflow", "polars", "pydantic", "typer", "rich"}
+    code = f"import sys, harness.contract; print(sorted({{m.split('.')[0] for m in sys.modules}} & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Paths.default().project, check=True)
     assert done.stdout.strip() == "[]"

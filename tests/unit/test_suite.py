@@ -116,6 +116,8 @@ def test_an_unknown_suite_and_an_unknown_key_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'smoke'"):
         load_suite("smoek")
     path = tmp_path / "mine.toml"
-    path.write_text('name = "mine"\ntitle = "M"\ndomain = ["a"]\nseeds = 1\n[budget]\nseconds = 1\n[[run]]\nmethod = "x"\nconfigs = ["y"]\n')
+    path.write_text(
+        'name = "mine"\ntitle = "M"\ndomain = ["a"]\nseeds = 1\n[budget]\nseconds = 1\n[[run]]\nmethod = "x"\nconfigs = ["y"]\n'
+    )
     with pytest.raises(ConfigError, match="Did you mean 'domains'"):
         load_suite(str(path))

@@ -47,7 +47,14 @@ def reads_private_through_proc(public: Path, output: Path, port: int) -> list[st
 def reads_results_and_ranks(public: Path, output: Path, port: int) -> list[str]:
     found = []
     for root in list(output.parents)[:6]:
-        for pattern in ("private/ranks/*", "records/*.json", "mlflow/*", "tables/*", "stages/*/*/out/predictions.npz", "stages/*/*/stage.json"):
+        for pattern in (
+            "private/ranks/*",
+            "records/*.json",
+            "mlflow/*",
+            "tables/*",
+            "stages/*/*/out/predictions.npz",
+            "stages/*/*/stage.json",
+        ):
             with contextlib.suppress(OSError):
                 found += [str(path) for path in root.glob(pattern) if output not in path.parents and readable(path)]
     return found
@@ -64,7 +71,7 @@ def reaches_network(public: Path, output: Path, port: int) -> list[str]:
         if handle.recvfrom(16)[0] == b"pong":
             found.append("an answer by UDP")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as handle:
-        handle.connect("\0harness-test-%d" % port)
+        handle.connect(f"\0harness-test-{port}")
         found.append("an abstract unix socket")
     return found
 
@@ -104,8 +111,6 @@ def writes_elsewhere(public: Path, output: Path, port: int) -> list[str]:
 
 
 def imports_the_simulator(public: Path, output: Path, port: int) -> list[str]:
-    import harness.contract
-
     found = []
     places = {Path(p) for p in sys.path if p} | set(Path(__file__).parents) | {Path(sys.prefix).parent}
     sys.path[:0] = [str(place) for place in places if (place / "harness" / "data" / "simulate.py").exists()]
@@ -161,4 +166,8 @@ def _harness_processes() -> list[int]:
     return pids
 
 
-ATTACKS = {name: value for name, value in globals().items() if callable(value) and getattr(value, "__module__", None) == __name__ and name[0] != "_"}
+ATTACKS = {
+    name: value
+    for name, value in globals().items()
+    if callable(value) and getattr(value, "__module__", None) == __name__ and name[0] != "_"
+}
