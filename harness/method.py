@@ -101,7 +101,12 @@ class Method(Frozen):
         return (self.folder, *(project / source for source in self.file.sources))
 
     def source_hash(self, project: Path) -> str:
-        return hash_tree(self.source_folders(project), project)
+        """Everything in the method's folders that can change a result.
+
+        Texts (``*.md``) and ``method.toml`` stay out: a configuration's values and stages enter its fit key by themselves, so a new
+        configuration, title or published value beside it must not force the others to be trained again.
+        """
+        return hash_tree(self.source_folders(project), project, (".md", "method.toml"))
 
     def config(self, name: str) -> Config:
         if name not in self.configs:
@@ -113,11 +118,16 @@ class Method(Frozen):
         return value if value and (value.configs is None or config in value.configs) else None
 
 
-def hash_tree(roots: tuple[Path, ...], base: Path) -> str:
-    """SHA-256 over the relative names and contents of all files below some folders (or of single files)."""
+def hash_tree(roots: tuple[Path, ...], base: Path, without: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the relative names and contents of all files below some folders (or of single files).
+
+    ``without``: ends of names of files to leave out.
+    """
     total = hashlib.sha256()
     for root in roots:
         for path in [root] if root.is_file() else list_files(root):
+            if path.name.endswith(without):
+                continue
             name = os.path.relpath(path, base if path.is_relative_to(base) else root.parent)
             total.update(f"{name}\0".encode())
             total.update(hashlib.sha256(path.read_bytes()).digest())

@@ -71,11 +71,13 @@ def test_an_unknown_configuration_is_named(tmp_path: Path) -> None:
         load(tmp_path).config("wid")
 
 
-def test_the_hash_follows_every_file_and_no_cache(tmp_path: Path) -> None:
+def test_the_hash_follows_the_code_and_neither_texts_nor_caches(tmp_path: Path) -> None:
     method = load(tmp_path)
     first = method.source_hash(PROJECT)
     (method.folder / "__pycache__").mkdir()
     (method.folder / "__pycache__" / "run.cpython-311.pyc").write_bytes(b"x")
+    (method.folder / "README.md").write_text("words\n")
+    (method.folder / "method.toml").write_text(GOOD + "[configs.third]\n")
     assert method.source_hash(PROJECT) == first
     (method.folder / "helper.py").write_text("x = 1\n")
     assert method.source_hash(PROJECT) != first
