@@ -34,6 +34,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MethodOption = Annotated[list[str] | None, typer.Option("--method", "-m", help="Only this method, NAME or NAME/CONFIG; repeatable.")]
 DomainOption = Annotated[list[str] | None, typer.Option("--domain", "-d", help="Only this domain; repeatable.")]
 
+SeedsOption = Annotated[int | None, typer.Option(min=1, help="Only the first so many seeds of the suite.")]
+Selected = tuple[list[str] | None, list[str] | None, int | None]
+
 
 def _console() -> Any:
     from rich.console import Console
@@ -41,12 +44,19 @@ def _console() -> Any:
     return Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
 
 
-def _session(suite: str, executor: str, device: str, methods: list[str] | None, domains: list[str] | None) -> tuple[Any, Any, Any]:
-    from harness.commands.prepare import Selection, open_session
+def _session(suite: str, executor: str, device: str, selected: Selected = (None, None, None)) -> tuple[Any, Any, Any]:
+    from harness.commands.prepare import open_session
 
     console = _console()
-    session, runner = open_session(suite, executor, device, Selection(tuple(methods or ()), tuple(domains or ())), console.print)
+    session, runner = open_session(suite, executor, device, _selection(selected), console.print)
     return session, runner, console
+
+
+def _selection(selected: Selected) -> Any:
+    from harness.commands.prepare import Selection
+
+    methods, domains, seeds = selected
+    return Selection(tuple(methods or ()), tuple(domains or ()), seeds)
 
 
 @app.command(epilog="Example:  harness run --suite classic -m recbole/sasrec_ce -d office2014 --jobs 1")
@@ -57,14 +67,13 @@ def run(
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at the same time; default: one a GPU, or what the cores allow.")] = None,
     method: MethodOption = None,
     domain: DomainOption = None,
+    seeds: SeedsOption = None,
     mlflow: Annotated[bool, typer.Option(help="Publish to MLflow (MLFLOW_TRACKING_URI, or a local server).")] = True,
 ) -> None:
     """Run a suite: every planned run ends with a record; then MLflow and the table. Run it again to go on."""
-    from harness.commands.prepare import Selection
     from harness.commands.run import run_suite
 
-    selection = Selection(tuple(method or ()), tuple(domain or ()))
-    raise typer.Exit(run_suite(suite, executor, device, jobs, selection, mlflow, _console()))
+    raise typer.Exit(run_suite(suite, executor, device, jobs, _selection((method, domain, seeds)), mlflow, _console()))
 
 
 @app.command(epilog="Example:  harness plan --suite amazon2023")
@@ -74,11 +83,12 @@ def plan(
     device: DeviceOption = "auto",
     method: MethodOption = None,
     domain: DomainOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Show what `run` would do: which runs, what is cached and why, what it will roughly cost. Starts nothing."""
     from harness.commands.views import show_plan
 
-    session, runner, console = _session(suite, executor, device, method, domain)
+    session, runner, console = _session(suite, executor, device, (method, domain, seeds))
     raise typer.Exit(show_plan(session, runner, console))
 
 
@@ -89,11 +99,12 @@ def table(
     device: DeviceOption = "auto",
     method: MethodOption = None,
     domain: DomainOption = None,
+    seeds: SeedsOption = None,
 ) -> None:
     """Print the comparison table from the records and write it as Markdown, CSV, LaTeX and HTML."""
     from harness.commands.views import show_table
 
-    session, _, console = _session(suite, executor, device, method, domain)
+    session, _, console = _session(suite, executor, device, (method, domain, seeds))
     raise typer.Exit(show_table(session, console))
 
 
@@ -102,7 +113,7 @@ def score(suite: SuiteOption = "auto", executor: ExecutorOption = "local", devic
     """Score finished predictions again. Trains nothing."""
     from harness.commands.views import score_again
 
-    session, runner, console = _session(suite, executor, device, None, None)
+    session, runner, console = _session(suite, executor, device)
     raise typer.Exit(score_again(session, runner, console))
 
 
@@ -111,7 +122,7 @@ def publish(suite: SuiteOption = "auto", executor: ExecutorOption = "local", dev
     """Rebuild the MLflow view of a suite from its records. Publishing twice changes nothing."""
     from harness.commands.views import publish as publish_session
 
-    session, _, console = _session(suite, executor, device, None, None)
+    session, _, console = _session(suite, executor, device)
     raise typer.Exit(publish_session(session, console))
 
 
@@ -120,7 +131,7 @@ def keep(suite: SuiteOption = "auto", executor: ExecutorOption = "local", device
     """Copy the records and tables of a suite from results/local to results/, where git sees them."""
     from harness.commands.views import keep as keep_session
 
-    session, _, console = _session(suite, executor, device, None, None)
+    session, _, console = _session(suite, executor, device)
     raise typer.Exit(keep_session(session, console))
 
 

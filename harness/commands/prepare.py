@@ -27,6 +27,8 @@ class Selection:
 
     methods: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    seeds: int | None = None
+    """Only the first so many seeds."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def select(plan: Plan, selection: Selection) -> Plan:
         for run in plan.runs
         if (not selection.methods or {run.method, f"{run.method}/{run.config}"} & set(selection.methods))
         and (not selection.domains or run.domain in selection.domains)
+        and (selection.seeds is None or run.seed <= selection.seeds)
     )
     return plan.model_copy(update={"runs": runs})
 
