@@ -5,6 +5,7 @@ In: the options of the command line. Out: a ``Session``: suite, methods, plan, p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,11 @@ from harness.suite import Suite, load_suite, make_plan
 from harness.values import ConfigError, nearest
 
 AMAZON = ("musical_instruments", "industrial_and_scientific", "video_games", "office_products")
-HOW_TO_AMAZON = "harness data fetch amazon2023", "harness run --suite amazon2023"
+HOW_TO_AMAZON = {
+    "": ("harness data prepare data/raw paper", "harness run --suite amazon2023"),
+    "conductor": ("docker compose run --rm data prepare data/raw paper", "SUITE=amazon2023 docker compose up benchmark"),
+}
+"""The two commands, outside and inside the containers, once the raw files lie in ``data/raw`` (README, "The paper's benchmark")."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def choose_suite(name: str, paths: Paths, say: Callable[[str], None]) -> Suite:
     if not missing:
         return load_suite("amazon2023")
     say(
-        "The Amazon domains are not prepared, so this is the smoke suite on SIMULATED data. The real benchmark:\n"
-        + "\n".join(f"    {command}" for command in HOW_TO_AMAZON)
+        "The Amazon domains are not prepared, so this is the smoke suite on SIMULATED data. The real benchmark, with the raw files\n"
+        "in data/raw (README, section The paper's benchmark):\n"
+        + "\n".join(f"    {command}" for command in HOW_TO_AMAZON.get(os.environ.get("HARNESS_CONTAINER", ""), HOW_TO_AMAZON[""]))
     )
     return load_suite("smoke")
 

@@ -91,21 +91,27 @@ def import_(
 @app.command()
 def prepare(
     raw: Annotated[Path, typer.Argument(help="Folder with review_categories/, meta_categories/ and, if there are any, pictures/.")],
-    category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ...")],
+    category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ..., or paper: all nine of the paper.")],
     name: Annotated[str | None, typer.Argument(help="Name of the domain. Default: the category in small letters.")] = None,
     replace: Replace = False,
     root: Root = None,
 ) -> None:
     """Prepare raw files of Amazon Reviews 2023: earliest of repeats, iterative 5-core, last item out.
 
-    [bold]Example[/]
+    [bold]Examples[/]
 
       harness data prepare data/raw Musical_Instruments
+
+      harness data prepare data/raw paper
     """
     from harness.data.prepare import prepare_raw
+    from harness.data.simulate import CATEGORIES
 
     with _plain_errors():
-        _report(prepare_raw(raw, category, name or category.lower(), root=root, overwrite=replace))
+        if name and category == "paper":
+            raise DataError("paper is nine domains: leave the name out")
+        for each in CATEGORIES if category == "paper" else [category]:
+            _report(prepare_raw(raw, each, name or each.lower(), root=root, overwrite=replace))
 
 
 @app.command()
