@@ -5,6 +5,7 @@ A method is started as the harness starts it: as a process in an empty folder th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,13 +17,14 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.contract import META, PREDICTIONS, VALID_PREDICTIONS, Budget, DomainRef, Job, Meta, read_meta, read_predictions
+from harness.contract import META, PREDICTIONS, PROGRESS, VALID_PREDICTIONS, Budget, DomainRef, Job, Meta, read_meta, read_predictions
 
 ROOT = Path(__file__).resolve().parents[3]
 BASELINES = ROOT / "baselines"
@@ -95,6 +97,24 @@ def load_configuration(method: str, name: str) -> dict[str, Any]:
     return {k: v for k, v in resolve(name).items() if k not in ("title", "needs", "stages", "paper")}
 
 
+def load_program(method: str) -> ModuleType:
+    """A method's ``run.py`` as a module, together with the modules beside it, which no other test will see."""
+    folder, before = BASELINES / method, set(sys.modules)
+    spec = importlib.util.spec_from_file_location(f"baselines_{method}_run", folder / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(folder))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+        for name in set(sys.modules) - before - {spec.name}:
+            if str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+                del sys.modules[name]
+    return module
+
+
 class Runner:
     """Starts method programs on a domain and reads what they leave."""
 
@@ -162,6 +182,21 @@ class Runner:
         files = (job.output / PREDICTIONS, job.output / VALID_PREDICTIONS)
         items, valid_items = (read_predictions(file, domain.n_users, domain.n_items) for file in files)
         return Outcome(items, valid_items, read_meta(job.output / META), job.output)
+
+    def cut(self, job: Job, job_file: Path, domain: SmallDomain) -> Outcome:
+        """Kill a run as soon as it has a checkpoint, start it again, and make sure that it went on from there."""
+        self.kill_when(self.start(job, job_file), lambda: any(job.checkpoint.glob("last.pt*")))
+        done = self.steps(job)
+        outcome = self.finish(job, job_file, domain)
+        after = self.steps(job)[len(done) :]
+        assert done == list(range(1, len(done) + 1))
+        assert 1 < after[0] <= done[-1] + 1, f"first epochs {done}, then {after}"
+        assert after == list(range(after[0], after[-1] + 1))
+        return outcome
+
+    @staticmethod
+    def steps(job: Job) -> list[int]:
+        return [json.loads(line)["step"] for line in (job.output / PROGRESS).read_text().splitlines()]
 
     @staticmethod
     def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool], timeout: float = 120) -> None:

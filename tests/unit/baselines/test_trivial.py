@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from harness.contract import Domain, Ragged
-
-BASELINES = Path(__file__).resolve().parents[3] / "baselines"
-
-
-def load(method: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"trivial_{method}", BASELINES / method / "run.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.unit.baselines.running import Runner, SmallDomain, load_program
 
 
-def make_domain(train: list[list[int]], valid: list[int], n_items: int) -> Domain:
+def in_memory(train: list[list[int]], valid: list[int], n_items: int) -> Domain:
     offsets = np.concatenate([[0], np.cumsum([len(t) for t in train])])
     values = np.array([item for history in train for item in history], np.int32)
     return Domain(Path("."), "small", len(train), n_items, Ragged(values, offsets), np.array(valid, np.int32), {})
@@ -49,28 +35,28 @@ def slow_successors(train: list[list[int]], last: int, n_items: int, k: int) -> 
 def test_last_item_equals_a_slow_count(n_items: int, k: int) -> None:
     rng = np.random.default_rng(n_items * k)
     train = [(rng.zipf(1.3, rng.integers(1, 40)) % n_items).tolist() for _ in range(50)]
-    domain = make_domain(train, [0] * 50, n_items)
-    found = load("last_item").successors(domain, k)
+    domain = in_memory(train, [0] * 50, n_items)
+    found = load_program("last_item").successors(domain, k)
     assert found.tolist() == [slow_successors(train, item, n_items, k) for item in range(n_items)]
 
 
 def test_pairs_do_not_cross_users_and_the_validation_item_is_not_counted() -> None:
-    domain = make_domain([[0, 1], [2, 3]], [4, 4], 6)
-    items_IK = load("last_item").successors(domain, 6)
+    domain = in_memory([[0, 1], [2, 3]], [4, 4], 6)
+    items_IK = load_program("last_item").successors(domain, 6)
     assert items_IK[0].tolist() == [1, 0, 2, 3, 4, 5]
     assert items_IK[1].tolist() == [0, 1, 2, 3, 4, 5]  # 1 -> 2 would cross two users; 1 -> 4 is a validation pair
     assert items_IK[2].tolist() == [3, 0, 1, 2, 4, 5]
 
 
-def test_last_item_starts_from_the_validation_item_at_test(small_domain: Any) -> None:
+def test_last_item_starts_from_the_validation_item_at_test(small_domain: SmallDomain) -> None:
     domain = Domain.read(small_domain.path)
-    module = load("last_item")
+    module = load_program("last_item")
     assert module.last_of(domain.test_inputs()).tolist() == domain.valid.tolist()
     assert module.last_of(domain.valid_inputs()).tolist() == [history[-1] for history in domain.train]
 
 
 @pytest.mark.parametrize("method", ["popularity", "last_item"])
-def test_as_a_program(method: str, small_domain: Any, runner: Any) -> None:
+def test_as_a_program(method: str, small_domain: SmallDomain, runner: Runner) -> None:
     outcome = runner.run(method, small_domain, {})
     assert (outcome.items >= 0).all()
     assert outcome.meta.stopped_by == "closed form"
@@ -86,7 +72,7 @@ def test_as_a_program(method: str, small_domain: Any, runner: Any) -> None:
         assert (np.diff(count[outcome.items[0]]) <= 0).all()
 
 
-def test_beauty2014_to_six_digits(shared_data: Path, runner: Any, make_domain: Any) -> None:
+def test_beauty2014_to_six_digits(shared_data: Path, runner: Runner, make_domain: Callable[[list[list[int]], int], SmallDomain]) -> None:
     """The numbers of an independent count on the 22,363 users of Beauty 2014, item numbers ordered by a hash."""
     source = shared_data / "beauty2014"
     ids = pq.read_table(source / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
