@@ -13,215 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from harness import isolation
-from harness.contract import Budget, DomainRef, Job, Ragged
-from harness.data.domain import SourceDomain, write_domain
 from harness.execute.handover import MAX_DEPTH, Pinned, TooMuch, TreeCopy, checked_outcome
 from harness.execute.local import LocalExecutor, interrupted
-from harness.execute.outcome import read_stage_result
-from harness.execute.stage import Executor, StageFolder, StageTask
+from harness.execute.stage import StageFolder
 from harness.execute.worker import WorkerExecutor
-from harness.method import load_method
-from harness.paths import PROJECT, Paths
+from harness.paths import PROJECT
 from harness.values import ConfigError
-
-STALE = 2.0
-SECONDS = 30.0
-"""Nothing here takes this long; what does has hung."""
-
-METHOD = """
-name = "fake"
-title = "Fake"
-lineage = "trivial"
-[configs.default]
-"""
-
-PROGRAM = """
-import os, signal, sys, time
-from pathlib import Path
-import numpy as np
-from harness.contract import Job, Meta, Progress, main, skip, write_predictions
-
-def predictions(job):
-    items = np.broadcast_to(np.arange(job.k, dtype=np.int32), (job.domain.n_users, job.k))
-    write_predictions(job, items)
-    write_predictions(job, items, valid=True)
-    Meta(timings={"fit": 0.1}).write(job)
-
-def hang(job):
-    (job.cache / "pid").write_text(str(os.getpid()))
-    (job.checkpoint / "weights").write_text("half")
-    print("working", flush=True)
-    time.sleep(600)
-
-def daemon(job):
-    if os.fork() == 0:
-        os.setsid()
-        if os.fork() == 0:
-            (job.cache / "daemon").write_text(str(os.getpid()))
-            time.sleep(600)
-        os._exit(0)
-    while not (job.cache / "daemon").exists():
-        time.sleep(0.01)
-    hang(job)
-
-def fit(job):
-    out, do = job.output, job.configuration["do"]
-    if do == "ok":
-        Progress(job).log(1, of=2, loss=0.5)
-        predictions(job)
-        print("done")
-    elif do == "crash":
-        raise RuntimeError("no luck today")
-    elif do == "skip":
-        skip(job, "no pictures")
-    elif do in ("hang", "daemon"):
-        globals()[do](job)
-    elif do == "resume":
-        print("found", (job.checkpoint / "weights").read_text())
-        predictions(job)
-    elif do == "inputs":
-        assert (job.inputs["first"] / "deep" / "note").read_text() == "from the first stage"
-        try:
-            (job.inputs["first"] / "mine").write_text("x")
-        except PermissionError:
-            predictions(job)
-    elif do == "shut":
-        predictions(job)
-        (out / "closed").mkdir()
-        (out / "closed" / "file").write_text("x")
-        os.chmod(out / "closed" / "file", 0)
-        os.chmod(out / "closed", 0)
-        os.chmod(out, 0o500)
-    elif do == "sparse":
-        predictions(job)
-        for name in ("a", "b"):
-            with open(out / name, "wb") as file:
-                file.truncate(job.budget.disk - 1)
-    elif do == "neighbour":
-        predictions(job)
-        for folder in (job.output.parents[1], job.cache.parents[1], job.output.parent):
-            try:
-                sys.exit(f"can see {list(folder.iterdir())}")
-            except PermissionError:
-                pass
-    else:
-        predictions(job)
-        {
-            "link": lambda: (out / "x").symlink_to("/etc/passwd"),
-            "folder link": lambda: (out / "x").symlink_to("/etc"),
-            "fifo": lambda: os.mkfifo(out / "x"),
-            "curve is a fifo": lambda: os.mkfifo(out / "progress.jsonl"),
-            "predictions linked": lambda: (os.rename(out / "predictions.npz", out / "p"), (out / "predictions.npz").symlink_to("p")),
-            "predictions twice": lambda: os.link(out / "predictions.npz", out / "p"),
-            "no predictions": lambda: os.unlink(out / "predictions.npz"),
-            "pickle": lambda: np.savez(out / "predictions.npz", users=np.array([{}], object), items=np.array([{}], object)),
-        }[do]()
-
-main(fit)
-"""
-
-
-@dataclass
-class House:
-    """Paths, one domain, one method whose configuration says what it does, and a jobs volume."""
-
-    paths: Paths
-    jobs: Path
-    public: Path
-
-    def worker(self) -> subprocess.Popen[bytes]:
-        code = f"from pathlib import Path; from harness.execute.worker import serve; serve(Path({str(self.jobs)!r}), stale={STALE})"
-        environment = os.environ | {"HARNESS_METHODS": str(self.paths.methods[0]), "HARNESS_ISOLATION": "auto"}
-        return subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, env=environment, stdout=subprocess.DEVNULL)
-
-    def executor(self) -> WorkerExecutor:
-        return WorkerExecutor(self.paths, self.jobs, self.public, stale=STALE, patience=SECONDS)
-
-    @contextlib.contextmanager
-    def task(self, do: str, name: str = "", **change: Any) -> Iterator[StageTask]:
-        folder = StageFolder(self.paths.stages / "fake" / (name or do.replace(" ", "-")))
-        inputs = change.pop("inputs", {})
-        budget = replace(Budget(seconds=20, deadline=SECONDS, memory=2 << 30, disk=64 << 20, threads=1), **change)
-        job = Job(
-            run_id=f"{self.tag}.{do}",
-            stage="fit",
-            method="fake",
-            configuration={"do": do},
-            domains=(DomainRef("tiny", self.paths.public("tiny")),),
-            inputs=inputs,
-            output=folder.out,
-            cache=self.paths.caches / "fake",
-            scratch=folder.scratch,
-            checkpoint=folder.checkpoint,
-            seed=1,
-            budget=budget,
-        )
-        with folder.locked() as lock:
-            assert lock is not None
-            folder.clear()
-            yield StageTask(folder, job, load_method(self.paths.methods[0] / "fake", self.paths.project), Path(sys.executable), lock)
-
-    def run(self, executor: Executor, do: str, name: str = "", **change: Any) -> dict[str, Any]:
-        with self.task(do, name, **change) as task:
-            result = read_stage_result(executor.run(task), task.folder, task.job, self.paths, last=True)
-            task.folder.finish(result)
-            return result
-
-    @property
-    def cache(self) -> Path:
-        return self.jobs / "cache" / "fake"
-
-    @property
-    def tag(self) -> str:
-        """Marks the processes of this house."""
-        return f"fake{zlib.crc32(str(self.jobs).encode())}"
-
-    def is_quiet(self) -> bool:
-        """No process of a run lives. Process ids would not do: the method may count in a namespace of its own."""
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
-                if f"HARNESS_RUN={self.tag}".encode() in path.read_bytes():
-                    return False
-        return True
-
-
-def build_house(root: Path) -> House:
-    method = root / "methods" / "fake"
-    method.mkdir(parents=True)
-    (method / "method.toml").write_text(METHOD)
-    (method / "run.py").write_text(PROGRAM)
-    (root / "jobs").mkdir()
-    (root / "public").mkdir()
-    items, users = 60, 8
-    sequences = Ragged(np.arange(users * 5, dtype=np.int64) % items, np.arange(0, users * 5 + 1, 5))
-    columns = {"title": [f"thing {i}" for i in range(items)]}
-    source = SourceDomain(
-        user_ids=[f"u{i}" for i in range(users)], item_ids=[f"i{i}" for i in range(items)], sequences=sequences, columns=columns
-    )
-    write_domain(root / "data" / "tiny", source)
-    return House(Paths(root / "project", root / "data", root / "results", (root / "methods",)), root / "jobs", root / "public")
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = SECONDS) -> Any:
-    limit = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < limit, "it did not come"
-        time.sleep(0.02)
-    return value
-
-
-def read_pid(path: Path) -> int:
-    return int(wait_for(lambda: path.exists() and path.read_text()))
+from tests.house import PROGRAM, SECONDS, STALE, House, build_house, read_pid, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +141,7 @@ def test_inputs_of_earlier_stages(house: House, executor: WorkerExecutor, tmp_pa
 
 def test_checkpoint_lives_until_the_stage_is_sealed(house: House, executor: WorkerExecutor) -> None:
     checkpoint = house.jobs / "checkpoints" / "fake" / "long"
-    assert house.run(executor, "hang", "long", deadline=0.7)["state"] == "timeout"
+    assert house.interrupt(house.executor(), house.cache / "pid", "long")["state"] == "interrupted"
     assert (checkpoint / "weights").exists()
     result = house.run(executor, "resume", "long")
     assert result["state"] == "ok"
@@ -345,11 +151,8 @@ def test_checkpoint_lives_until_the_stage_is_sealed(house: House, executor: Work
 
 
 def test_stop(house: House, worker: Any) -> None:
-    (house.cache / "pid").unlink(missing_ok=True)
     executor = house.executor()
-    executor.environment()
-    threading.Thread(target=lambda: (read_pid(house.cache / "pid"), executor.stop())).start()
-    result = house.run(executor, "hang", "stopped")
+    result = house.interrupt(executor, house.cache / "pid", "stopped")
     assert (result["state"], result["reason"]) == ("interrupted", "the harness was stopped")
     assert house.is_quiet()
     assert (house.jobs / "checkpoints" / "fake" / "stopped" / "weights").exists()
@@ -377,7 +180,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(house: House, executor: Worker
 def test_a_dead_conductor_ends_its_runs(house: House, worker: Any) -> None:
     (house.cache / "pid").unlink(missing_ok=True)
     code = (
-        "import sys; from pathlib import Path; from tests.unit.test_worker import House, Paths; root = Path(sys.argv[1])\n"
+        "import sys; from pathlib import Path; from harness.paths import Paths; from tests.house import House; root = Path(sys.argv[1])\n"
         "house = House(Paths(root / 'project', root / 'data', root / 'results', (root / 'methods',)), root / 'jobs', root / 'public')\n"
         "house.run(house.executor(), 'hang', 'orphan')"
     )
