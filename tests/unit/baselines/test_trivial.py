@@ -1,4 +1,4 @@
-"""The two trivial methods: against a slow count, against known numbers on real data, and as programs."""
+"""The two trivial methods, against a slow count and against known numbers on real data, and the template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.contract import Domain, Ragged
-from tests.unit.baselines.running import Runner, SmallDomain, load_program
+from tests.unit.baselines.running import Runner, SmallDomain, load_configuration, load_program, markov_histories
+
+MakeDomain = Callable[[list[list[int]], int], SmallDomain]
 
 
 def in_memory(train: list[list[int]], valid: list[int], n_items: int) -> Domain:
@@ -72,7 +74,22 @@ def test_as_a_program(method: str, small_domain: SmallDomain, runner: Runner) ->
         assert (np.diff(count[outcome.items[0]]) <= 0).all()
 
 
-def test_beauty2014_to_six_digits(shared_data: Path, runner: Runner, make_domain: Callable[[list[list[int]], int], SmallDomain]) -> None:
+def test_the_template_works_as_it_is(small_domain: SmallDomain, runner: Runner) -> None:
+    outcome = runner.run("_template", small_domain, load_configuration("_template", "default"))
+    assert small_domain.recall_at_10(outcome.items) > 0.5
+    assert (outcome.items >= 0).all()
+    assert outcome.meta.extra["weight"] > 0
+
+
+@pytest.mark.parametrize("method", ["popularity", "last_item", "_template"])
+def test_a_catalogue_smaller_than_the_list_leaves_spent_slots(method: str, runner: Runner, make_domain: MakeDomain) -> None:
+    domain = make_domain(markov_histories(users=20, items=12), 12)
+    outcome = runner.run(method, domain, load_configuration(method, "default"))
+    assert (np.sort(outcome.items, axis=1)[:, -12:] == np.arange(12)).all()
+    assert (outcome.items[:, 12:] == -1).all()
+
+
+def test_beauty2014_to_six_digits(shared_data: Path, runner: Runner, make_domain: MakeDomain) -> None:
     """The numbers of an independent count on the 22,363 users of Beauty 2014, item numbers ordered by a hash."""
     source = shared_data / "beauty2014"
     ids = pq.read_table(source / "items.parquet", columns=["item_id"])["item_id"].to_pylist()
