@@ -9,7 +9,7 @@ do not go away) is deleted and made anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -18,7 +18,7 @@ from harness.tracking.rest import Rest, TrackingError
 from harness.tracking.view import OWN_TAGS, RunView
 
 KEY, KIND, DIGEST, PARENT = "harness.run_id", "harness.kind", "harness.record_digest", "mlflow.parentRunId"
-MAX_METRICS, MAX_OTHERS = 900, 100
+MAX_METRICS, MAX_PARAMS = 800, 100
 """Of a ``log-batch`` call: MLflow takes 1000 values, of which 100 parameters and 100 tags."""
 
 Pieces = Callable[[], Iterable[list[Point]]]
@@ -90,26 +90,26 @@ class Store:
         if run is None:
             run, outcome = self._create(view, tags), "created" if outcome == "updated" else outcome
         run_id = run["info"]["run_id"]
-        for points in curves() if curves else ():
-            self.log_points(run_id, points)
         files = dict(view.artifacts)
         if log and (text := log()) is not None:
             files["log.txt"] = text
         self._upload(run, files)
         if view.datasets:
             self.rest.call("POST", "runs/log-inputs", {"run_id": run_id, "datasets": list(view.datasets)})
-        self._log(run, view, tags)
+        self._log(run, view, tags, curves() if curves else ())
         # A live run stays RUNNING; for the others this is last, so that it never looks finished before it is.
         if run["info"]["status"] != view.status:
             info = {"run_id": run_id, "status": view.status, "end_time": view.end or int(time.time() * 1000)}
             run["info"] = self.rest.call("POST", "runs/update", info)["run_info"]
         return outcome
 
-    def log_points(self, run_id: str, points: list[Point]) -> None:
+    def log_points(self, run_id: str, points: Sequence[Point]) -> None:
         """Points that are there already are left out by the server: key, value, time and step are their identity."""
         for start in range(0, len(points), MAX_METRICS):
-            metrics = [{"key": p.name, "value": p.value, "timestamp": p.time, "step": p.step} for p in points[start : start + MAX_METRICS]]
-            self.rest.call("POST", "runs/log-batch", {"run_id": run_id, "metrics": metrics})
+            self._batch(run_id, [_metric(point) for point in points[start : start + MAX_METRICS]])
+
+    def _batch(self, run_id: str, metrics: Sequence[Any], params: Sequence[Any] = (), tags: Sequence[Any] = ()) -> None:
+        self.rest.call("POST", "runs/log-batch", {"run_id": run_id, "metrics": list(metrics), "params": list(params), "tags": list(tags)})
 
     def _experiment(self, suite: str, title: str) -> str:
         try:
@@ -152,33 +152,47 @@ class Store:
                 self._no_artifacts = True
                 self._warn(str(error))
 
-    def _log(self, run: dict[str, Any], view: RunView, tags: Mapping[str, str]) -> None:
-        """Send what differs. A changed metric gets a later time than the old value, which MLflow would else prefer by size."""
-        old_tags, old_params, old_metrics = _tags(run), _params(run), _metrics(run)
+    def _log(self, run: dict[str, Any], view: RunView, tags: Mapping[str, str], curves: Iterable[list[Point]]) -> None:
+        """Send what differs, in as few calls as MLflow allows. The digest is the last tag of the last call, and a call's
+        tags are written after its values."""
+        run_id, old_tags, old_params, old_metrics = run["info"]["run_id"], _tags(run), _params(run), _metrics(run)
         new_tags = {name: value for name, value in tags.items() if old_tags.get(name) != value}
         # Tags do not vanish from one attempt to the next; those that the view no longer has are emptied.
         new_tags |= {name: "" for name, value in old_tags.items() if value and name in OWN_TAGS and name not in tags}
-        moment = view.end or int(time.time() * 1000)
-        metrics: list[dict[str, Any]] = []
-        for name, value in view.metrics.items():
-            old = old_metrics.get(name)
-            if old is None or old["value"] != value:
-                stamp = moment if old is None else max(moment, int(old["timestamp"]) + 1)
-                metrics.append({"key": name, "value": value, "timestamp": stamp, "step": 0})
-        params = {name: value for name, value in view.params.items() if name not in old_params}
-        for batch in _batches(metrics, _pairs(params), _pairs(new_tags)):
-            self.rest.call("POST", "runs/log-batch", {"run_id": run["info"]["run_id"], **batch})
         if view.digest:
-            self.rest.call("POST", "runs/set-tag", {"run_id": run["info"]["run_id"], "key": DIGEST, "value": view.digest})
             new_tags[DIGEST] = view.digest
-        known = list({**old_metrics, **{metric["key"]: metric for metric in metrics}}.values())
-        run["data"] = {"tags": _pairs({**old_tags, **new_tags}), "params": _pairs({**old_params, **params}), "metrics": known}
+        new_metrics = _changed(old_metrics, view)
+        new_params = {name: value for name, value in view.params.items() if name not in old_params}
+        values, params = list(new_metrics.values()), _pairs(new_params)
+        for points in curves:
+            values += [_metric(point) for point in points]
+            while len(values) > MAX_METRICS:
+                self._batch(run_id, values[:MAX_METRICS])
+                del values[:MAX_METRICS]
+        while len(params) > MAX_PARAMS:
+            self._batch(run_id, (), params[:MAX_PARAMS])
+            del params[:MAX_PARAMS]
+        if values or params or new_tags:
+            self._batch(run_id, values, params, _pairs(new_tags))
+        known = list({**old_metrics, **new_metrics}.values())
+        run["data"] = {"tags": _pairs({**old_tags, **new_tags}), "params": _pairs({**old_params, **new_params}), "metrics": known}
 
 
-def _batches(metrics: list[dict[str, Any]], params: list[dict[str, str]], tags: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    while metrics or params or tags:
-        yield {"metrics": metrics[:800], "params": params[:MAX_OTHERS], "tags": tags[:MAX_OTHERS]}
-        metrics, params, tags = metrics[800:], params[MAX_OTHERS:], tags[MAX_OTHERS:]
+def _metric(point: Point) -> dict[str, Any]:
+    return {"key": point.name, "value": point.value, "timestamp": point.time, "step": point.step}
+
+
+def _changed(old: Mapping[str, Mapping[str, Any]], view: RunView) -> dict[str, dict[str, Any]]:
+    """The view's metrics that are new or other than before. A changed one gets a later time than the old value: of two at
+    the same step and time MLflow would show the larger."""
+    moment = view.end or int(time.time() * 1000)
+    out = {}
+    for name, value in view.metrics.items():
+        before = old.get(name)
+        if before is None or before["value"] != value:
+            stamp = moment if before is None else max(moment, int(before["timestamp"]) + 1)
+            out[name] = {"key": name, "value": value, "timestamp": stamp, "step": 0}
+    return out
 
 
 def _mendable(run: Mapping[str, Any], view: RunView) -> bool:

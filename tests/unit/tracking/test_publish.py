@@ -160,7 +160,8 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize(
-    ("calls", "answer_lost"), [(1, False), (2, True), (4, True), *((n, False) for n in range(5, 17)), (9, True), (18, False)]
+    ("calls", "answer_lost"),
+    [(1, False), (2, True), (4, True), *((n, False) for n in range(5, 18)), (7, True), (11, True), (13, True), (18, False)],
 )
 def test_killed_halfway_then_published_again(
     server: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any], calls: int, answer_lost: bool

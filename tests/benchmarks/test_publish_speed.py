@@ -1,0 +1,43 @@
+"""Publishing 1,000 records to a real local MLflow server: at most two minutes; and finding that nothing is new."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from harness import mlflow_server
+from harness.tracking import PublishSummary, pending, publish, publishing
+from tests.unit.tracking import examples as ex
+
+METHODS = tuple(f"method{i:02}" for i in range(20))
+DOMAINS = tuple(f"domain{i:02}" for i in range(10))
+LIMIT = 120.0
+
+
+@pytest.mark.benchmark(max_time=0.0, warmup=False)
+def test_publish_1000_records(benchmark: BenchmarkFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with record, log and two curves of 20 points; the server's start is not counted. Then again, with nothing new."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    plan = ex.plan_of("bench", METHODS, DOMAINS, seeds=5)
+    records = {run.id: ex.record_of(run, value=0.1 + i / 5000) for i, run in enumerate(plan.runs)}
+    assert len(records) == 1000
+    for run in plan.runs:
+        ex.write_stage(tmp_path, run, steps=20)
+    rounds = itertools.count()
+
+    with contextlib.closing(mlflow_server.ensure(tmp_path)) as server:
+
+        def publish_all() -> PublishSummary:
+            again = plan.model_copy(update={"suite": f"bench {next(rounds)}"})
+            return publishing.publish_to(server, again, records, lambda _: None, tmp_path, {})
+
+        summary = benchmark.pedantic(publish_all, rounds=1)
+        assert summary.created == 1000 + 200 + 1
+        assert pending(plan.model_copy(update={"suite": "bench 0"}), records, tmp_path, {}) == []
+        again = publish(plan.model_copy(update={"suite": "bench 0"}), records, lambda _: None, tmp_path, {})
+        assert again.unchanged == 1201
+    assert benchmark.stats.stats.max <= LIMIT
