@@ -6,6 +6,7 @@ or skipped. The table is made in every case, also after Ctrl-C.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from harness import environments
 from harness.commands.display import Display, Observers
 from harness.commands.prepare import Selection, Session, log_of, open_session
-from harness.commands.views import all_fine, make_tables, records_of
+from harness.commands.views import all_fine, make_tables, records_of, say_where
 from harness.execute.stage import Executor, StageFolder
 from harness.record import Record
 from harness.runspec import PlannedRun, PlannedStage
@@ -67,8 +68,9 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
         url = tracker.finish(files)
         tracker.close()
         if url:
+            url = seen_from_outside(url)
             console.print(f"MLflow: {url}   (look at it any time with `harness ui`)", highlight=False)
-    console.print(f"Tables: {files['md'].parent}", highlight=False)
+    say_where(files, console)
     return 130 if stopped.is_set() else 0 if all_fine(plan, records) else 1
 
 
@@ -86,6 +88,12 @@ def announce(session: Session, executor: Executor, console: Console) -> None:
         )
     if executor.level != "container":
         console.print(f"Isolation of methods: {executor.level}.", highlight=False)
+
+
+def seen_from_outside(url: str) -> str:
+    """The address as a browser on the host reaches it: in a container the harness knows the server by another name."""
+    server, view = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/"), os.environ.get("HARNESS_MLFLOW_VIEW", "").rstrip("/")
+    return view + url.removeprefix(server) if server and view and url.startswith(server) else url
 
 
 def start_tracker(session: Session) -> Any:

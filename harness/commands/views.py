@@ -17,6 +17,7 @@ from rich.text import Text
 from harness.commands.prepare import Session, log_of
 from harness.contract import Domain
 from harness.execute.stage import Executor
+from harness.paths import PROJECT
 from harness.record import CACHED_STATES, Record, read_record, read_records
 from harness.runspec import Plan
 from harness.schedule import Scheduler, finished, stage_folder
@@ -54,6 +55,12 @@ def make_tables(session: Session, records: dict[str, Record], console: Console) 
     return write_tables(table, session.paths.tables / session.plan.suite)
 
 
+def say_where(files: dict[str, Path], console: Console) -> None:
+    """Where the table files lie, relative to the project where possible: true on the host and in a container."""
+    folder = next(iter(files.values())).parent
+    console.print(f"Tables: {folder.relative_to(PROJECT) if folder.is_relative_to(PROJECT) else folder}", highlight=False)
+
+
 def all_fine(plan: Plan, records: dict[str, Record]) -> bool:
     """True if every planned run has a record that says ok or skipped."""
     return all(run.id in records and records[run.id].status.state in CACHED_STATES for run in plan.runs)
@@ -62,7 +69,7 @@ def all_fine(plan: Plan, records: dict[str, Record]) -> bool:
 def show_table(session: Session, console: Console) -> int:
     records = records_of(session, console)
     files = make_tables(session, records, console)
-    console.print(f"Tables: {files['md'].parent}", highlight=False)
+    say_where(files, console)
     return 0 if all_fine(session.plan, records) else 1
 
 
