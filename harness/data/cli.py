@@ -106,6 +106,7 @@ def prepare(
     """
     from harness.data.prepare import prepare_raw
     from harness.data.simulate import CATEGORIES
+    from harness.data.source import DataError
 
     with _plain_errors():
         if name and category == "paper":
