@@ -321,7 +321,9 @@ class DockerExecutor:
         for container in api.containers(all=True, filters={"label": wanted}):
             stage = container["Labels"].get(f"{LABEL}.stage")
             with contextlib.ExitStack() as held:
-                if mine is None and (not stage or (Path(stage).is_dir() and held.enter_context(StageFolder(Path(stage)).locked()) is None)):
+                if mine is None and not stage and container["State"] == "running":
+                    continue  # another harness asks the image for its packages
+                if mine is None and stage and Path(stage).is_dir() and held.enter_context(StageFolder(Path(stage)).locked()) is None:
                     continue  # another harness on these results runs it now
                 with contextlib.suppress(docker.errors.APIError):
                     api.remove_container(container["Id"], force=True, v=True)

@@ -102,10 +102,17 @@ def remove_tree(folder: Path) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
-        for root, _, _ in os.walk(folder):
-            with contextlib.suppress(OSError):
-                os.chmod(root, 0o700)
+        _open_up(str(folder))
+        for root, folders, _ in os.walk(folder):  # goes into a folder only after it has been opened up here
+            for name in folders:
+                _open_up(os.path.join(root, name))
         shutil.rmtree(folder)
+
+
+def _open_up(folder: str) -> None:
+    with contextlib.suppress(OSError):  # another user's, in which we may write all the same
+        if not os.path.islink(folder):
+            os.chmod(folder, 0o700)
 
 
 @dataclass(frozen=True)

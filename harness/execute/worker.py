@@ -98,7 +98,7 @@ class WorkerExecutor:
             if time.monotonic() > limit:
                 raise ConfigError(f"no worker has answered in {self._volume.root} for {self._patience:.0f} s; {HOW_TO_START}")
             time.sleep(0.1)
-        theirs = said.get("methods", {})
+        theirs = said["methods"]
         for name, method in find_methods(self._paths, broken={}).items():
             if theirs.get(name) != method.source_hash(self._paths.project):
                 raise ConfigError(
@@ -120,7 +120,7 @@ class WorkerExecutor:
             said = json.loads(contract.read_regular(self._volume.announcement, 1 << 20))
         except (OSError, InvalidOutput, ValueError):
             return None
-        return said if isinstance(said, dict) and {"level", "environment"} <= set(said) else None
+        return said if isinstance(said, dict) and isinstance(said.get("methods"), dict) and {"level", "environment"} <= set(said) else None
 
     def _worker_is_dead(self, folder: Pinned) -> bool:
         try:

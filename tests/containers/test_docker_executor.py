@@ -234,6 +234,7 @@ def test_the_worker_is_another_user_than_the_conductor(engine: Any, tmp_path: Pa
         "ok": "ok",
         "neighbour": "ok",
         "shut": "ok",
+        "closed scratch": "ok",
         "inputs": "ok",
         "crash": "failed",
         "fifo": "invalid_output",
@@ -257,12 +258,12 @@ executor = house.executor()
 first = Path("/tmp/first/deep")
 first.mkdir(parents=True)
 (first / "note").write_text("from the first stage")
-results = {do: house.run(executor, do) for do in ("ok", "neighbour", "shut", "crash", "fifo")}
+results = {do: house.run(executor, do) for do in ("ok", "neighbour", "shut", "closed scratch", "crash", "fifo")}
 results["inputs"] = house.run(executor, "inputs", inputs={"first": first.parent})
 results["hang"] = house.interrupt(house.executor(), house.cache / "pid", "long")
 results["resume"] = house.run(executor, "resume", "long")
 house.run(executor, "ok")
-folders = [house.jobs / name for name in ("tasks", "trash", "checkpoints/fake/long")]
+folders = [house.jobs / name for name in ("tasks", "trash", "checkpoints/fake/long", "checkpoints/fake/closed-scratch")]
 def left():
     return sorted(str(path) for folder in folders if folder.is_dir() for path in folder.iterdir())
 try:
