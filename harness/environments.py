@@ -30,12 +30,12 @@ def folder_of(method: Method, paths: Paths) -> Path | None:
     return paths.environments / f"{method.name}-{key}"
 
 
-def pythons(methods: Iterable[Method], paths: Paths, say: Callable[[str], None]) -> dict[str, Path]:
-    """The Python of every method; makes the environments that are missing."""
+def pythons(methods: Iterable[Method], paths: Paths, say: Callable[[str], None], *, missing: bool = True) -> dict[str, Path]:
+    """The Python of every method. ``missing``: make the environments that are not there (the Docker executor has its own)."""
     found = {}
     for method in methods:
         folder = folder_of(method, paths)
-        if folder is not None and not (folder / STAMP).exists():
+        if missing and folder is not None and not (folder / STAMP).exists():
             say(f"making the environment of {method.name} (once): {folder}")
             make(method, folder)
         found[method.name] = Path(sys.executable) if folder is None else folder / "bin" / "python"

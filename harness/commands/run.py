@@ -54,7 +54,7 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
         raise ConfigError(f"suite {plan.suite}: nothing to run with this selection")
     announce(session, executor, console)
     used = {run.method: session.methods[run.method] for run in plan.runs}
-    pythons = environments.pythons(used.values(), session.paths, console.print)
+    pythons = environments.pythons(used.values(), session.paths, console.print, missing=executor_name != "docker")
     command = "harness " + shlex.join(sys.argv[1:])
     scheduler = Scheduler(plan, session.paths, session.methods, executor, pythons, command)
     tracker = start_tracker(session) if mlflow else None

@@ -115,20 +115,29 @@ def _check_predictions(out: Path, job: Job) -> None:
 
 
 def list_outputs(out: Path) -> list[dict[str, Any]]:
-    """Path, size and SHA-256 of every file a method left. Raises InvalidOutput for links, devices, FIFOs, too many files."""
-    found = []
-    for root, folders, files in os.walk(out):
-        for name in (*folders, *files):
-            path = Path(root, name)
-            relative = str(path.relative_to(out))
-            mode = path.lstat().st_mode
-            if stat.S_ISDIR(mode):
-                continue
-            if not stat.S_ISREG(mode):
-                raise InvalidOutput(f"{relative} is not a regular file (a link, a FIFO or a device)")
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            found.append({"path": relative, "bytes": path.stat().st_size, "sha256": digest})
-            if len(found) > MAX_FILES:
-                raise InvalidOutput(f"more than {MAX_FILES:,} output files")
+    """Path, size and SHA-256 of every file a method left.
+
+    Raises InvalidOutput for links, devices, FIFOs, too many files, and what cannot be read at all.
+    """
+    found: list[dict[str, Any]] = []
+    try:
+        for root, folders, files in os.walk(out, onerror=_refuse):
+            for name in (*folders, *files):
+                path = Path(root, name)
+                mode = path.lstat().st_mode
+                if stat.S_ISDIR(mode):
+                    continue
+                if not stat.S_ISREG(mode):
+                    raise InvalidOutput(f"{path.relative_to(out)} is not a regular file (a link, a FIFO or a device)")
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                found.append({"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": digest})
+                if len(found) > MAX_FILES:
+                    raise InvalidOutput(f"more than {MAX_FILES:,} output files")
+    except OSError as error:
+        raise InvalidOutput(f"the output folder cannot be read: {error.strerror}: {Path(error.filename or out).name}") from error
     return sorted(found, key=lambda entry: entry["path"])
+
+
+def _refuse(error: OSError) -> None:
+    raise error
