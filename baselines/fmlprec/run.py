@@ -94,7 +94,7 @@ class Training:
             self.restore(saved, stopping)
         valid_UL = ids(self.domain.valid_inputs())
 
-        while self.epoch < settings.epochs and not stopping.stop:
+        while self.epoch < settings.epochs and not (self.epoch and stopping.stop):  # one step at least, however small the budget
             start = time.monotonic()
             metrics = {"loss": self.train_epoch(job)}
             self.epoch += 1

@@ -88,7 +88,6 @@ def write_meta(job: Job, trainer: Any, fitted: Any, **timings: float) -> None:
         epochs=fitted.epochs,
         peak_device_bytes=torch.cuda.max_memory_allocated() if job.device == "cuda" else None,
         precision=job.precision,
-        attention="eager",
         **fitted.stopping.meta,
     ).write(job)
 

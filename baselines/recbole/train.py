@@ -49,7 +49,7 @@ def fit_epochs(
         fitted.epochs, fitted.steps, fitted.spent, best = (saved[name] for name in ("epochs", "steps", "spent", "best"))
         stopping.best, stopping.evaluations, stopping.best_evaluation = saved["stopping"]
 
-    while fitted.epochs < epochs and not stopping.stop:
+    while fitted.epochs < epochs and not (fitted.epochs and stopping.stop):  # one step at least, however small the budget
         start, first = time.monotonic(), fitted.steps
         loss = trainer._train_epoch(_within_budget(loader, job, fitted), fitted.epochs)
         fitted.epochs += 1
