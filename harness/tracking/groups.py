@@ -39,8 +39,9 @@ class Group:
     state: str
     reason: str
     metrics: Mapping[str, Spread]
+    started: str
     finished: str
-    """When the last of its runs ended; empty while there is none."""
+    """When the first of its runs started and the last one ended; empty while there is none."""
 
     @property
     def key(self) -> str:
@@ -75,8 +76,19 @@ def _group(runs: Sequence[PlannedRun], records: Mapping[str, Record]) -> Group:
         count = sum(name == state for name, _ in states)
         reason = f"{count} of {len(runs)} seeds {state}" + (f": {'; '.join(reasons)}" if reasons else "")
     simulated = any(record.domain.simulated for record in found)
-    finished = max((record.provenance.finished for record in found), default="")
-    return Group(first.method, first.config, first.title, first.domain, simulated, tuple(runs), state, reason, metrics, finished)
+    return Group(
+        method=first.method,
+        config=first.config,
+        title=first.title,
+        domain=first.domain,
+        simulated=simulated,
+        runs=tuple(runs),
+        state=state,
+        reason=reason,
+        metrics=metrics,
+        started=min((record.provenance.started for record in found), default=""),
+        finished=max((record.provenance.finished for record in found), default=""),
+    )
 
 
 def _worst(states: Sequence[str]) -> str:

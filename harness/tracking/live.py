@@ -15,7 +15,6 @@ progress files.
 from __future__ import annotations
 
 import functools
-import os
 import queue
 import threading
 import time
@@ -75,6 +74,7 @@ class Tracker:
         self._server: mlflow_server.Server | None = None
         self._store: Store | None = None
         self._retry_at = 0.0
+        self._hopeless = False
         self._live: dict[str, str] = {}
         self._curves: dict[str, list[tuple[Curve, str, Path]]] = {}
         self._logs: dict[str, Path] = {}
@@ -87,7 +87,8 @@ class Tracker:
 
     def start(self) -> None:
         """Start the background thread. The server is started with the first run: where none runs, none is needed."""
-        self._thread.start()
+        if self._thread.ident is None:
+            self._thread.start()
 
     def run_started(self, run: PlannedRun) -> None:
         self._events.put(_Started(run))
@@ -105,8 +106,7 @@ class Tracker:
 
         ``tables`` are the files of the comparison, ``table`` its rows (mappings) or columns for ``mlflow.load_table``.
         """
-        if self._thread.ident is None:
-            self._thread.start()
+        self.start()
         self._events.put(_Finish(dict(tables), table))
         try:
             self._thread.join()
@@ -165,13 +165,12 @@ class Tracker:
 
     def _connect(self) -> Store | None:
         """The store, or None while there is no server. A failed start is not repeated before ``finish``."""
-        if self._store is None and time.monotonic() >= self._retry_at:
+        if self._store is None and not self._hopeless and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             try:
                 self._server = mlflow_server.ensure(self._results, cancelled=self._cancelled.is_set)
             except mlflow_server.ServerError:
-                if not os.environ.get("MLFLOW_TRACKING_URI"):
-                    self._retry_at = float("inf")
+                self._hopeless = mlflow_server.configured() is None  # our own did not start: no use to try again
                 raise
             store = publishing.open_store(self._server, self._plan, lambda message: self._warn("artifacts", f"MLflow: {message}"))
             store.load()
@@ -232,7 +231,7 @@ class Tracker:
                         self._store.log_points(target, points)
 
     def _finish(self, event: _Finish) -> None:
-        records = read_records(self._results / "records", self._runs)
+        records = read_records(self._results / "records", self._runs, broken={})
         if self._store is None:
             if not publishing.pending(self._plan, records, self._results, event.files, event.table):
                 return

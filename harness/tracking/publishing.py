@@ -56,6 +56,11 @@ class PublishSummary:
     def count(self, outcome: str) -> None:
         setattr(self, outcome, getattr(self, outcome) + 1)
 
+    def __str__(self) -> str:
+        counts = [f"{getattr(self, name)} {name}" for name in ("created", "updated", "replaced", "unchanged") if getattr(self, name)]
+        where = f"{self.url}   (look at it any time with `harness ui`)" if self.local else self.url
+        return "\n".join([f"MLflow runs: {', '.join(counts) or 'none'}. {where}", *self.warnings])
+
 
 def pending(
     plan: Plan, records: Mapping[str, Record], results: Path, files: Mapping[str, Path] | None = None, table: Any = None

@@ -37,7 +37,8 @@ class Store:
 
     @property
     def url(self) -> str:
-        return f"{self.rest.uri}/#/experiments/{self.experiment_id}"
+        """The experiment's runs; without the last part MLflow opens its pages for language models."""
+        return f"{self.rest.uri}/#/experiments/{self.experiment_id}/runs?workflowType=machine_learning"
 
     def close(self) -> None:
         self.rest.close()
@@ -99,7 +100,8 @@ class Store:
         self._log(run, view, tags, curves() if curves else ())
         # A live run stays RUNNING; for the others this is last, so that it never looks finished before it is.
         if run["info"]["status"] != view.status:
-            info = {"run_id": run_id, "status": view.status, "end_time": view.end or int(time.time() * 1000)}
+            end = max(view.end or int(time.time() * 1000), int(run["info"]["start_time"]))
+            info = {"run_id": run_id, "status": view.status, "end_time": end}
             run["info"] = self.rest.call("POST", "runs/update", info)["run_info"]
         return outcome
 
@@ -135,7 +137,7 @@ class Store:
 
     def _create(self, view: RunView, tags: Mapping[str, str]) -> dict[str, Any]:
         start = view.start or int(time.time() * 1000)
-        body = {"experiment_id": self.experiment_id, "run_name": view.name, "user_id": "harness", "start_time": start, "tags": _pairs(tags)}
+        body = {"experiment_id": self.experiment_id, "run_name": view.name, "start_time": start, "tags": _pairs(tags)}
         run: dict[str, Any] = self.rest.call("POST", "runs/create", body)["run"]
         self._runs[view.key] = run
         return run

@@ -222,6 +222,7 @@ def group_view(group: Group) -> RunView:
         name=f"{group.title} · {group.domain}" + _simulated(group.simulated),
         status=_mlflow_status(group.state),
         digest="",
+        start=milliseconds(group.started),
         end=milliseconds(group.finished),
         tags={name: value for name, value in tags.items() if value},
         params=parameters(first.configuration),
@@ -248,8 +249,9 @@ def comparison_view(plan: Plan, all_groups: Sequence[Group], files: Mapping[str,
     }
     name = f"comparison: {plan.title or plan.suite}" + _simulated(simulated)
     status = "FINISHED" if complete else "FAILED"
-    end = max((milliseconds(group.finished) or 1 for group in all_groups), default=None)
-    view = RunView(f"comparison.{plan.suite}", "comparison", name, status, "", end=end, tags=tags, artifacts=artifacts)
+    start = min((moment for group in all_groups if (moment := milliseconds(group.started))), default=None)
+    end = max((moment for group in all_groups if (moment := milliseconds(group.finished))), default=None)
+    view = RunView(f"comparison.{plan.suite}", "comparison", name, status, "", start=start, end=end, tags=tags, artifacts=artifacts)
     return _with_digest(view, [chart_values(all_groups, plan.metrics)])
 
 
@@ -285,10 +287,10 @@ def _split_table(table: Any) -> bytes:
 
 def _note(plan: Plan, artifacts: Mapping[str, bytes], simulated: bool) -> str:
     """The description at the head of the run's page: the Markdown table itself, where it fits."""
-    head = "**SIMULATED DATA: these numbers say nothing about real shops.**\n\n" if simulated else ""
     for name, data in artifacts.items():
         if name.endswith(".md") and len(data) <= MAX_TAG:
-            return head + data.decode(errors="replace")
+            return data.decode(errors="replace")
+    head = "**SIMULATED DATA: these numbers say nothing about real shops.**\n\n" if simulated else ""
     return head + f"Comparison of the suite {plan.suite}: see the artifacts."
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from harness import mlflow_server
 from harness.tracking import Tracker, pending, publish, publishing
-from harness.tracking.rest import Rest
+from harness.tracking.rest import Rest, TrackingError
 from tests.unit.tracking import examples as ex
 from tests.unit.tracking.examples import Local, example, no_logs, nowhere, table_files
 
@@ -168,3 +168,71 @@ def dead_process() -> int:
         os._exit(0)
     os.waitpid(pid, 0)
     return pid
+
+
+def test_two_harnesses_on_one_suite(server: Local, suite: str, tmp_path: Path) -> None:
+    """Each runs a half, both show their runs at the same time, and the last one to end leaves the whole in order."""
+    plan, records = example(suite, tmp_path)
+    for record in records.values():
+        (tmp_path / "records" / f"{record.run.id}.json").unlink()
+    trackers = [Tracker(plan, tmp_path), Tracker(plan, tmp_path)]
+    for number, run in ((1, plan.runs[3]), (0, plan.runs[0]), (1, plan.runs[1])):
+        trackers[number].start()
+        trackers[number].run_started(run)
+        wait_for(lambda key=run.id: key in started(server, suite))
+    parent = plan.runs[0].id.partition(".s1")[0]
+    assert started(server, suite).count(parent) == 2, "the case in question: neither knew of the other's parent run"
+    for number, run in enumerate(plan.runs):
+        ex.write_records(tmp_path, {run.id: records[run.id]})
+        trackers[number % 2].run_finished(records[run.id])
+    for tracker in trackers:
+        assert tracker.finish(table_files(tmp_path)) is not None
+        tracker.close()
+    held = server.held(suite)
+    assert len(held) == 7
+    for run in plan.runs:
+        assert held[run.id]["tags"]["state"] == records[run.id].status.state
+        assert held[run.id]["tags"]["mlflow.parentRunId"] == f"{run.method}.paper.toys"
+    assert pending(plan, records, tmp_path, table_files(tmp_path)) == []
+
+
+def started(server: Local, suite: str) -> list[str]:
+    """The runs of a suite as the server lists them, twins included."""
+    try:
+        experiment = server.call("GET", f"experiments/get-by-name?experiment_name={suite}")["experiment"]["experiment_id"]
+    except TrackingError:
+        return []
+    found = server.call("POST", "runs/search", {"experiment_ids": [experiment]}).get("runs", [])
+    return [tag["value"] for run in found for tag in run["data"]["tags"] if tag["key"] == "harness.run_id"]
+
+
+def test_a_local_server_that_cannot_start_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, records = example("hopeless", tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    tries = []
+
+    def broken(*_: object, **__: object) -> mlflow_server.Server:
+        tries.append(1)
+        raise mlflow_server.ServerError("the MLflow server did not start")
+
+    monkeypatch.setattr(mlflow_server, "ensure", broken)
+    tracker = Tracker(plan, tmp_path, warn=lambda _: None)
+    tracker.start()
+    tracker.run_started(plan.runs[0])
+    tracker.run_finished(records[plan.runs[0].id])
+    assert tracker.finish({}) is None
+    tracker.close()
+    assert len(tries) == len(tracker.warnings) == 1
+    assert len(pending(plan, records, tmp_path, {})) == 7
+
+
+def test_with_nothing_new_no_server_is_asked_for(server: Local, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, records = example(suite, tmp_path)
+    files = table_files(tmp_path)
+    publish(plan, records, no_logs, tmp_path, files)
+    monkeypatch.setattr(mlflow_server, "ensure", None)
+    tracker = Tracker(plan, tmp_path)
+    tracker.start()
+    assert tracker.finish(files) is None
+    tracker.close()
+    assert tracker.warnings == []
