@@ -55,9 +55,17 @@ class MethodFile(Frozen):
     sources: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = (Stage(name="fit"),)
     configs: dict[str, dict[str, Any]]
-    reference: dict[str, PublishedValue] = {}
+    reference: dict[str, tuple[PublishedValue, ...]] = {}
+    """By domain; several with ``[[reference.DOMAIN]]``, each for other configurations."""
     suites: dict[str, tuple[str, ...]] = {}
     """``[suites]``: configurations that join a suite by themselves, so that a new method needs no edit of a suite file."""
+
+    @field_validator("reference", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (
+            {name: [tables] if isinstance(tables, dict) else tables for name, tables in value.items()} if isinstance(value, dict) else value
+        )
 
     @field_validator("configs")
     @classmethod
@@ -114,8 +122,10 @@ class Method(Frozen):
         return self.configs[name]
 
     def reference(self, domain: str, config: str) -> PublishedValue | None:
-        value = self.file.reference.get(domain)
-        return value if value and (value.configs is None or config in value.configs) else None
+        for value in self.file.reference.get(domain, ()):
+            if value.configs is None or config in value.configs:
+                return value
+        return None
 
 
 def hash_tree(roots: tuple[Path, ...], base: Path, without: tuple[str, ...] = ()) -> str:
@@ -153,7 +163,10 @@ def load_method(folder: Path, project: Path) -> Method:
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: two stages have one name: {names}")
     configs = {name: _resolve(file, name, path) for name in file.configs}
-    for key, mentioned in (("suites", file.suites.values()), ("reference", (value.configs or () for value in file.reference.values()))):
+    for key, mentioned in (
+        ("suites", file.suites.values()),
+        ("reference", (value.configs or () for tables in file.reference.values() for value in tables)),
+    ):
         for name in (name for names in mentioned for name in names):
             if name not in configs:
                 raise ConfigError(f"{path}: {key}: no configuration {name!r}.{nearest(name, configs)}")

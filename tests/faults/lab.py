@@ -13,6 +13,7 @@ from harness.data.domain import write_domain
 from harness.data.source import SourceDomain, ragged
 from harness.environments import pythons
 from harness.execute.local import LocalExecutor
+from harness.execute.stage import Executor
 from harness.method import find_methods
 from harness.paths import PROJECT, Paths
 from harness.record import Record
@@ -81,9 +82,11 @@ def make_fake_plan(
     return make_plan(suite, paths, methods, digests, "cpu")
 
 
-def carry_out(plan: Plan, paths: Paths, slots: int = 2, observer: Silent | None = None) -> dict[str, Record]:
+def carry_out(
+    plan: Plan, paths: Paths, slots: int = 2, observer: Silent | None = None, executor: Executor | None = None
+) -> dict[str, Record]:
     """Run a plan; records by configuration name (with one seed)."""
     methods = find_methods(paths)
-    scheduler = Scheduler(plan, paths, methods, LocalExecutor(paths), pythons(methods.values(), paths, print))
+    scheduler = Scheduler(plan, paths, methods, executor or LocalExecutor(paths), pythons(methods.values(), paths, print))
     records = scheduler.run([Slot()] * slots, observer or Silent())
     return {record.method.config: record for record in records.values()}

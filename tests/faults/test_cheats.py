@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -35,8 +36,8 @@ ATTACK_NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
+@contextlib.contextmanager
+def listening() -> Iterator[int]:
     """Something to reach: a TCP server (MLflow's stand-in), a UDP echo and an abstract unix socket, all on this machine."""
     tcp, udp, unix = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
     number = tcp.getsockname()[1]
@@ -56,6 +57,12 @@ def port() -> Iterator[int]:
     yield number
     for handle in (tcp, udp, unix):
         handle.close()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with listening() as number:
+        yield number
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,15 @@ def test_an_error_names_file_key_and_mend(tmp_path: Path, change: tuple[str, str
     assert "method.toml" in str(error.value) and words in str(error.value)
 
 
+def test_a_domain_can_have_several_published_values(tmp_path: Path) -> None:
+    table = '[[reference.beauty]]\nconfigs = ["{0}"]\nmetrics = {{recall_at_10 = {1}}}\nsource = "s"\n'
+    method = load(tmp_path, GOOD + table.format("base", 0.1) + table.format("wide", 0.2))
+    assert [method.reference("beauty", name).metrics["recall_at_10"] for name in ("base", "wide")] == [0.1, 0.2]
+    assert method.reference("toys", "base") is None
+    single = load(tmp_path, GOOD + '[reference.beauty]\nmetrics = {recall_at_10 = 0.3}\nsource = "s"\n')
+    assert single.reference("beauty", "wide").metrics == {"recall_at_10": 0.3}
+
+
 def test_an_unknown_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'wide'"):
         load(tmp_path).config("wid")

@@ -85,8 +85,8 @@ def writes_elsewhere(public: Path, output: Path, port: int) -> list[str]:
         stage / "status.json",
         stage / "log.txt",
         stage.parent / "planted",
-        stage.parents[2] / "cache" / "other_method" / "planted",
-        stage.parents[2] / "records" / "planted.json",
+        *(parent / "cache" / "other_method" / "planted" for parent in stage.parents),
+        *(parent / "records" / "planted.json" for parent in stage.parents),
         public / "planted",
         Path(__file__).parent / "planted.py",
         Path(harness.contract.__file__).parent / "planted.py",
@@ -145,7 +145,7 @@ def looks_at_processes(public: Path, output: Path, port: int) -> list[str]:
     with contextlib.suppress(OSError):
         done = subprocess.run(["ps", "-e", "-o", "pid=,args="], capture_output=True, text=True)
         lines = [line.strip() for line in done.stdout.splitlines() if "harness" in line and "attacks" not in line]
-        found += [line[:60] for line in lines if not line.startswith("1 ")]  # 1: its own first process
+        found += [line[:60] for line in lines if line.split()[0] not in ("1", str(os.getpid()))]  # itself and its first process
     return found
 
 
