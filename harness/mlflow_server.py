@@ -40,6 +40,7 @@ START_TIMEOUT = 240.0
 REACH_TIMEOUT = 10.0
 """Seconds for a configured server to answer."""
 FIRST_PORT = 5000
+NICE = 5
 DATABASE = "mlflow.db"
 
 
@@ -83,12 +84,15 @@ def without_password(uri: str) -> str:
     return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "") + parts.path.rstrip("/")
 
 
-def ensure(results: Path, timeout: float | None = None, cancelled: Callable[[], bool] = lambda: False) -> Server:
-    """The configured server, or a local one for this results folder, started if need be. Raises ServerError."""
+def ensure(results: Path, timeout: float | None = None, cancelled: Callable[[], bool] = lambda: False, *, polite: bool = False) -> Server:
+    """The configured server, or a local one for this results folder, started if need be. Raises ServerError.
+
+    ``polite``: one that is started now runs with low priority, because timed runs are running beside it.
+    """
     if uri := configured():
         _await_configured(uri, REACH_TIMEOUT if timeout is None else timeout, cancelled)
         return Server(uri)
-    return _ensure_local(results / "mlflow", START_TIMEOUT if timeout is None else timeout, cancelled)
+    return _ensure_local(results / "mlflow", START_TIMEOUT if timeout is None else timeout, cancelled, NICE if polite else 0)
 
 
 def ui(results: Path, say: Callable[[str], None] = print) -> None:
@@ -135,7 +139,7 @@ def _await_configured(uri: str, timeout: float, cancelled: Callable[[], bool]) -
 # --------------------------------------------------------------------------------------------------- the local server
 
 
-def _ensure_local(folder: Path, timeout: float, cancelled: Callable[[], bool]) -> Server:
+def _ensure_local(folder: Path, timeout: float, cancelled: Callable[[], bool], nice: int) -> Server:
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
     users = os.open(folder / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -150,7 +154,7 @@ def _ensure_local(folder: Path, timeout: float, cancelled: Callable[[], bool]) -
                     if started:
                         raise ServerError(f"the MLflow server did not start; {_last_words(folder)}")
                     started = True
-                    _start_keeper(folder, keeper)
+                    _start_keeper(folder, keeper, nice)
             finally:
                 os.close(keeper)
             uri = _read_state(folder)
@@ -170,12 +174,12 @@ def _wait(deadline: float, cancelled: Callable[[], bool], folder: Path) -> None:
     time.sleep(0.2)
 
 
-def _start_keeper(folder: Path, lock: int) -> None:
+def _start_keeper(folder: Path, lock: int, nice: int) -> None:
     """Start the keeper, which inherits the lock: there is no moment at which another harness could take it."""
     (folder / "server.json").unlink(missing_ok=True)
     with open(folder / "server.log", "wb") as log:
         subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).resolve()), str(folder.resolve()), str(lock)],
+            [sys.executable, "-P", str(Path(__file__).resolve()), str(folder.resolve()), str(nice)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -262,8 +266,7 @@ def _start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
 
 
 def _end_with_parent() -> None:
-    """For the case that the keeper itself is killed. Runs are timed, so the server yields to them (nice)."""
-    os.nice(5)
+    """For the case that the keeper itself is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -321,4 +324,5 @@ def _taken(port: int) -> bool:
 
 
 if __name__ == "__main__":
+    os.nice(int(sys.argv[2]))
     sys.exit(keep(Path(sys.argv[1])))

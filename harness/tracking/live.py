@@ -168,7 +168,7 @@ class Tracker:
         if self._store is None and not self._hopeless and time.monotonic() >= self._retry_at:
             self._retry_at = time.monotonic() + RETRY_SECONDS
             try:
-                self._server = mlflow_server.ensure(self._results, cancelled=self._cancelled.is_set)
+                self._server = mlflow_server.ensure(self._results, cancelled=self._cancelled.is_set, polite=True)
             except mlflow_server.ServerError:
                 self._hopeless = mlflow_server.configured() is None  # our own did not start: no use to try again
                 raise

@@ -2,7 +2,7 @@
 
 Run with ``make bench`` (pytest --benchmark-only). The limit is held against the process CPU time of publisher and server
 together (``cpu_s`` beside the wall time): they take turns, so that is the wall time on a machine that does nothing else,
-but for the disk. The server runs with low priority, and on a busy machine the wall time is longer.
+but for the disk.
 """
 
 from __future__ import annotations

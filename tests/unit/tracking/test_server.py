@@ -226,6 +226,16 @@ def test_a_server_that_does_not_start_says_why(results: Path) -> None:
         mlflow_server.ensure(results)
 
 
+def test_it_yields_to_timed_runs(results: Path) -> None:
+    """Started beside runs it has low priority, started by ``publish`` or ``ui`` the usual one."""
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    for polite, expected in ((True, usual + mlflow_server.NICE), (False, usual)):
+        with contextlib.closing(mlflow_server.ensure(results, polite=polite)):
+            group = json.loads((results / "mlflow" / "process.json").read_text())["group"]
+            assert os.getpriority(os.PRIO_PGRP, group) == min(expected, 19)
+        assert wait_until(lambda: not left(results))
+
+
 def test_waiting_can_be_given_up(results: Path) -> None:
     with pytest.raises(mlflow_server.ServerError, match="given up"):
         mlflow_server.ensure(results, cancelled=lambda: True)
