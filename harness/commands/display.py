@@ -1,4 +1,5 @@
-"""What `harness run` shows while it works: a live table on a terminal, plain lines elsewhere.
+"""What `harness run` shows while it works: a live table on a terminal; elsewhere (a log, `docker compose up`) plain lines, every half
+minute one for each run at work.
 
 In: the scheduler's events. Out: text. Progress is read from the methods' own ``progress.jsonl``.
 """
@@ -24,6 +25,8 @@ from harness.runspec import Plan, PlannedRun, PlannedStage
 
 STYLES = {"ok": "green", "skipped": "yellow", "interrupted": "yellow"}
 TAIL = 4096
+HEARTBEAT = 30.0
+"""Seconds between lines about running runs where there is no terminal."""
 
 
 @dataclass
@@ -61,14 +64,18 @@ class Display:
         self._cached = 0
         self._states: dict[str, int] = {}
         self._began = time.monotonic()
+        self._ended = threading.Event()
         self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Display:
         if self._live:
             self._live.start()
+        else:
+            threading.Thread(target=self._tell_now_and_then, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         if self._live:
             self._live.stop()
         if self._cached:
@@ -100,6 +107,18 @@ class Display:
             value = record.metrics["ndcg_at_10"].mean
             return f"{head}  NDCG@10 {value:.4f}  {sum(record.cost.stages.values()):.1f} s"
         return f"{head}  {escape(record.status.reason[:200])}"
+
+    def _tell_now_and_then(self) -> None:
+        while not self._ended.wait(HEARTBEAT):
+            with self._lock:
+                running = list(self._running.values())
+                done = self._done
+            for entry in running:
+                seconds, latest = time.monotonic() - entry.since, entry.latest()
+                what = f"{entry.run.title} · {entry.run.domain} · seed {entry.run.seed}  {entry.stage} {seconds:.0f} s  {latest}"
+                self._console.print(
+                    f"[dim]{'running':>11}[/]  {escape(what)}  [dim]({done} of {len(self._plan.runs)} done)[/]", highlight=False
+                )
 
     def _draw(self) -> Group:
         with self._lock:
