@@ -172,9 +172,12 @@ class Tracker:
             except mlflow_server.ServerError:
                 self._hopeless = mlflow_server.configured() is None  # our own did not start: no use to try again
                 raise
-            store = publishing.open_store(self._server, self._plan, lambda message: self._warn("artifacts", f"MLflow: {message}"))
-            store.load()
-            self._store = store
+            try:
+                self._store = publishing.open_store(self._server, self._plan, lambda message: self._warn("artifacts", f"MLflow: {message}"))
+                self._store.load()
+            except BaseException:
+                self._disconnect()
+                raise
         return self._store
 
     def _disconnect(self) -> None:
@@ -183,7 +186,6 @@ class Tracker:
         if self._server:
             self._server.close()
         self._server = self._store = None
-        self._live.clear()
         self._retry_at = time.monotonic() + RETRY_SECONDS
 
     def _handle(self, event: _Started | _Follow | _Finished) -> None:
@@ -222,13 +224,13 @@ class Tracker:
         publishing.publish_run(store, run, record, self._logs.get(run.id), self._results, paths)
 
     def _send_curves(self) -> None:
-        if self._store is None:
+        store = self._connect() if self._live else None
+        if store is None:
             return
-        for run_id, followed in list(self._curves.items()):
-            if target := self._live.get(run_id):
-                for curve, _, _ in followed:
-                    if points := curve.read():
-                        self._store.log_points(target, points)
+        for run_id, target in self._live.items():
+            for curve, _, _ in self._curves.get(run_id, ()):
+                if points := curve.read():
+                    store.log_points(target, points)
 
     def _finish(self, event: _Finish) -> None:
         records = read_records(self._results / "records", self._runs, broken={})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from harness import mlflow_server
-from harness.tracking import Tracker, pending, publish, publishing
+from harness.tracking import Tracker, live, pending, publish, publishing
 from harness.tracking.rest import Rest, TrackingError
 from tests.unit.tracking import examples as ex
 from tests.unit.tracking.examples import Local, example, no_logs, nowhere, table_files
@@ -20,8 +21,8 @@ from tests.unit.tracking.examples import Local, example, no_logs, nowhere, table
 
 def test_live_and_afterwards_are_the_same(server: Local, tmp_path: Path) -> None:
     """Curves show while the run runs, and in the end the server holds what a publish from the records would give."""
-    live, later = "live", "later"
-    plan = ex.plan_of(live, ("sasrec",), seeds=1)
+    name, later = "live", "later"
+    plan = ex.plan_of(name, ("sasrec",), seeds=1)
     run, record = plan.runs[0], ex.record_of(plan.runs[0])
     tracker = Tracker(plan, tmp_path)
     tracker.start()
@@ -33,7 +34,7 @@ def test_live_and_afterwards_are_the_same(server: Local, tmp_path: Path) -> None
             file.write(ex.progress_line(step, loss=1.0 / (step + 1)))
         file.write('{"time": 1, "st')  # a line that is being written
         file.flush()
-        held = wait_for(lambda: shown(server, live, run.id, "fit/loss"))
+        held = wait_for(lambda: shown(server, name, run.id, "fit/loss"))
         assert held["status"] == "RUNNING"
         assert held["tags"]["state"] == "running"
         assert len(held["history"]["fit/loss"]) == 8
@@ -45,11 +46,11 @@ def test_live_and_afterwards_are_the_same(server: Local, tmp_path: Path) -> None
     assert tracker.warnings == []
     assert url == tracker.summary.url
     publish(plan.model_copy(update={"suite": later, "title": plan.title}), {run.id: record}, no_logs, tmp_path, table_files(tmp_path))
-    live_contents, later_contents = server.held(live, ids=False), server.held(later, ids=False)
+    live_contents, later_contents = server.held(name, ids=False), server.held(later, ids=False)
     for key in (run.id, "sasrec.paper.toys"):
         assert live_contents[key] == later_contents[key]
     assert [point[0] for point in live_contents[run.id]["history"]["fit/loss"]] == [*range(8), 9]
-    assert live_contents[f"comparison.{live}"]["artifacts"] == later_contents[f"comparison.{later}"]["artifacts"]
+    assert live_contents[f"comparison.{name}"]["artifacts"] == later_contents[f"comparison.{later}"]["artifacts"]
 
 
 def shown(server: Local, suite: str, key: str, metric: str) -> dict[str, Any] | None:
@@ -137,6 +138,45 @@ def test_a_server_that_goes_away_is_made_good_at_the_end(
     held = server.held(suite)
     assert {run.id: held[run.id]["tags"]["state"] for run in plan.runs} == {key: record.status.state for key, record in records.items()}
     assert pending(plan, records, tmp_path) == []
+
+
+def test_curves_go_on_when_the_server_is_back(server: Local, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the middle of a long run, without any other event; what came in between is there when the run has ended."""
+    monkeypatch.setattr(live, "RETRY_SECONDS", 0.2)
+    plan = ex.plan_of(suite, ("sasrec",), seeds=1)
+    run = plan.runs[0]
+    send, gone = Rest._send, False
+
+    def sometimes(self: Rest, *args: Any) -> Any:
+        if gone and threading.current_thread().name == "mlflow":
+            raise ConnectionRefusedError("gone")
+        return send(self, *args)
+
+    monkeypatch.setattr(Rest, "_send", sometimes)
+    path = ex.write_stage(tmp_path, run, steps=0)
+    tracker = Tracker(plan, tmp_path)
+    tracker.start()
+    tracker.run_started(run)
+    tracker.follow(run, path)
+    with open(path, "a", buffering=1) as file:
+        file.write(ex.progress_line(1, loss=1))
+        wait_for(lambda: steps(server, suite, run.id) == [1])
+        gone = True
+        file.write(ex.progress_line(2, loss=1))
+        wait_for(lambda: tracker.warnings)
+        gone = False
+        file.write(ex.progress_line(3, loss=1))
+        wait_for(lambda: steps(server, suite, run.id) == [1, 3])
+    ex.write_records(tmp_path, {run.id: ex.record_of(run)})
+    tracker.run_finished(ex.record_of(run))
+    tracker.finish({})
+    tracker.close()
+    assert steps(server, suite, run.id) == [1, 2, 3]
+    assert len(tracker.warnings) == 1
+
+
+def steps(server: Local, suite: str, key: str) -> list[int]:
+    return [point[0] for point in server.held(suite).get(key, {}).get("history", {}).get("fit/loss", [])]
 
 
 def test_a_run_of_another_harness_is_left_alone(server: Local, suite: str, tmp_path: Path) -> None:
