@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
+import math
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,11 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",
 )
 MAX_FILES = 10_000
+MAX_EXTRA = 200
+MAX_WORDS = 1000
+MAX_COUNT = 1 << 63
+LEAST_SECONDS = 1e-9
+"""No step takes less: users a second must stay a number."""
 
 
 def read_stage_result(outcome: dict[str, Any], folder: StageFolder, job: Job, paths: Paths, last: bool) -> dict[str, Any]:
@@ -41,9 +49,14 @@ def read_stage_result(outcome: dict[str, Any], folder: StageFolder, job: Job, pa
             meta = _read_meta(folder.out, required=last)
             if last:
                 _check_predictions(folder.out, job)
-            outputs = list_outputs(folder.out)
+            outputs = list_outputs(folder.out, job.budget.disk)
+        except contract.ContractError:
+            raise  # the domain's fault, not the method's
         except InvalidOutput as error:
-            state, reason = "invalid_output", str(error)
+            meta, outputs, state, reason = Meta(), [], "invalid_output", str(error)
+        except Exception as error:  # whatever a hostile file makes numpy, zipfile or the system raise costs this run, and no other
+            meta, outputs, state = Meta(), [], "invalid_output"
+            reason = f"the output cannot be read ({type(error).__name__}: {error})"
     return {
         "state": state,
         "reason": clean(reason, 1000),
@@ -105,30 +118,72 @@ def _skip_reason(folder: StageFolder) -> str:
 def _read_meta(out: Path, required: bool) -> Meta:
     if not required and not (out / META).exists():
         return Meta()
-    return contract.read_meta(out / META)
+    meta = contract.read_meta(out / META)
+    check_recordable(meta)
+    return meta
+
+
+def check_recordable(meta: Meta) -> None:
+    """Raises InvalidOutput for what JSON lets through and a record cannot hold: ``1e999``, numbers without end, half characters."""
+    if len(meta.extra) > MAX_EXTRA:
+        raise InvalidOutput(f"{META}: 'extra' has {len(meta.extra)} entries; at most {MAX_EXTRA} are recorded")
+    numbers = {"parameters": meta.parameters, "steps": meta.steps, "epochs": meta.epochs, "peak_device_bytes": meta.peak_device_bytes}
+    words = {"precision": meta.precision, "attention": meta.attention, **{f"the name {name!r:.50}": name for name in meta.extra}}
+    for name, value in {**numbers, **words, **{f"extra.{name!r:.50}": value for name, value in meta.extra.items()}}.items():
+        if isinstance(value, str) and (len(value) > MAX_WORDS or clean(value, MAX_WORDS) != value):
+            raise InvalidOutput(f"{META}: {name} must be printable text of at most {MAX_WORDS} characters")
+        if isinstance(value, int) and abs(value) >= MAX_COUNT:
+            raise InvalidOutput(f"{META}: {name} is larger than 2^63")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidOutput(f"{META}: {name} is not a finite number")
+    if any(0 < seconds < LEAST_SECONDS or seconds >= MAX_COUNT for seconds in meta.timings.values()):
+        raise InvalidOutput(f"{META}: 'timings' holds seconds that no clock shows")
 
 
 def _check_predictions(out: Path, job: Job) -> None:
     domain = Domain.read(job.domains[0].path)
     for name in (PREDICTIONS, VALID_PREDICTIONS):
+        _check_compression(out / name, domain.n_users * (job.k + 1) * 8 + (1 << 16))
         contract.read_predictions(out / name, domain.n_users, domain.n_items, job.k)
 
 
-def list_outputs(out: Path) -> list[dict[str, Any]]:
+def _check_compression(path: Path, limit: int) -> None:
+    """Only what numpy writes. zipfile unpacks bzip2 and LZMA without regard to the size asked for: 500 bytes become gigabytes."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(contract.read_regular(path, limit))) as archive:
+            kinds = {info.compress_type for info in archive.infolist()}
+    except InvalidOutput:
+        raise
+    except Exception:
+        return  # no archive: read_predictions says so
+    if not kinds <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise InvalidOutput(f"{path.name} is packed in another way than numpy.savez and numpy.savez_compressed do; at most those are read")
+
+
+def list_outputs(out: Path, most: int | None = None) -> list[dict[str, Any]]:
     """Path, size and SHA-256 of every file a method left.
 
-    Raises InvalidOutput for links, devices, FIFOs, too many files, and what cannot be read at all.
+    Raises InvalidOutput for links, devices, FIFOs, too many files, more than ``most`` bytes (holes count: reading them takes
+    as long), names that are not text, and what cannot be read at all.
     """
     found: list[dict[str, Any]] = []
+    total = 0
     try:
         for root, folders, files in os.walk(out, onerror=_refuse):
             for name in (*folders, *files):
                 path = Path(root, name)
-                mode = path.lstat().st_mode
-                if stat.S_ISDIR(mode):
+                status = path.lstat()
+                if clean(name, 255) != name:
+                    raise InvalidOutput(f"{name!r:.100} is not a name of printable characters")
+                if stat.S_ISDIR(status.st_mode):
                     continue
-                if not stat.S_ISREG(mode):
+                if not stat.S_ISREG(status.st_mode):
                     raise InvalidOutput(f"{path.relative_to(out)} is not a regular file (a link, a FIFO or a device)")
+                if status.st_nlink > 1:  # a later run of this method could change it through the other name
+                    raise InvalidOutput(f"{path.relative_to(out)} is a hard link to another file; copy it")
+                total += status.st_size
+                if most is not None and total > most:
+                    raise InvalidOutput(f"the output is longer than the disk budget of {most / 2**30:.2f} GiB")
                 with open(path, "rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
                 found.append({"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": digest})

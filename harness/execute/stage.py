@@ -12,11 +12,13 @@ its supervisor, so that two harnesses on one results folder run it once and a ki
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,15 +88,18 @@ class StageFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Seal the stage: outputs read-only, scratch gone; the checkpoint goes with success."""
         remove_tree(self.scratch)
-        if result["state"] in ("ok", "skipped"):
-            remove_tree(self.checkpoint)
-            for root, folders, files in os.walk(self.out):
-                for name in (*files, *folders):
-                    path = Path(root, name)
-                    if not path.is_symlink():
-                        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
+        done = result["state"] in ("ok", "skipped")
+        if done:
+            with contextlib.suppress(RecursionError):  # a skipped stage's folder has not been looked at: it can be of any depth
+                for root, folders, files in os.walk(self.out):
+                    for name in (*files, *folders):
+                        path = Path(root, name)
+                        if not path.is_symlink():
+                            path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o222)
             self.out.chmod(0o555)
         write_json(self.result_path, result)
+        if done:  # not before it is sealed: a harness killed in between would train from the start
+            remove_tree(self.checkpoint)
 
 
 def remove_tree(folder: Path) -> None:
@@ -102,11 +107,17 @@ def remove_tree(folder: Path) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink()
     elif folder.exists():
-        _open_up(str(folder))
-        for root, folders, _ in os.walk(folder):  # goes into a folder only after it has been opened up here
-            for name in folders:
-                _open_up(os.path.join(root, name))
-        shutil.rmtree(folder)
+        try:
+            _open_up(str(folder))
+            for root, folders, _ in os.walk(folder):  # goes into a folder only after it has been opened up here
+                for name in folders:
+                    _open_up(os.path.join(root, name))
+            shutil.rmtree(folder)
+        except (OSError, RecursionError):
+            # Python's is recursive and needs paths; rm goes down any depth. What it cannot remove either is an error.
+            done = subprocess.run(["rm", "-rf", "--", str(folder)], capture_output=True, text=True)
+            if folder.exists():
+                raise OSError(errno.EIO, f"cannot be removed: {done.stderr.strip()[-300:]}", str(folder)) from None
 
 
 def _open_up(folder: str) -> None:
