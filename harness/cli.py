@@ -198,13 +198,20 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from harness.contract import ContractError
-        from harness.values import ConfigError
-
-        if not isinstance(error, ConfigError | ContractError):
+        if not isinstance(error, _errors_of_users()):
             raise
         typer.secho(str(error), fg=typer.colors.RED, err=True)
         sys.exit(2)
+
+
+def _errors_of_users() -> tuple[type[Exception], ...]:
+    """Errors whose message is all that a user needs. Imported when one has happened, not at every start."""
+    from harness.contract import ContractError
+    from harness.data.source import DataError
+    from harness.tracking import ServerError, TrackingError
+    from harness.values import ConfigError
+
+    return ConfigError, ContractError, DataError, ServerError, TrackingError
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.contract import Job, write_json
+from harness.contract import PROGRESS, Job, write_json
 from harness.method import Method
 from harness.record import Environment
 
@@ -76,12 +76,17 @@ class StageFolder:
             os.close(handle)
 
     def clear(self) -> None:
-        """Make ready for a start: everything of an earlier attempt goes, but for its checkpoint."""
+        """Make ready for a start: everything of an earlier attempt goes, but for its checkpoint and the curve that leads to it."""
         self.result_path.unlink(missing_ok=True)
+        self.checkpoint.mkdir(exist_ok=True)
+        progress, kept = self.out / PROGRESS, self.path / f"{PROGRESS}.kept"
+        if any(self.checkpoint.iterdir()) and progress.is_file() and not progress.is_symlink():
+            os.replace(progress, kept)  # the method goes on from its checkpoint, and so does its curve
         for folder in (self.out, self.scratch):
             remove_tree(folder)
             folder.mkdir(parents=True)
-        self.checkpoint.mkdir(exist_ok=True)
+        if kept.exists():
+            os.replace(kept, progress)
         for name in ("log.txt", "status.json", "job.json", "spec.json"):
             (self.path / name).unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from harness import score
+from harness.execute.stage import StageFolder
 from harness.method import find_methods
 from harness.paths import Paths
 from harness.record import read_records
@@ -133,3 +134,17 @@ def test_every_record_on_disk_is_one_of_the_plan(paths: Paths) -> None:
     lab.carry_out(plan, paths)
     assert set(read_records(paths.records)) == {run.id for run in plan.runs}
     assert find_methods(paths)["slow"].name == "slow"
+
+
+def test_a_resumed_stage_keeps_its_curve_and_a_fresh_one_does_not(tmp_path: Path) -> None:
+    folder = StageFolder(tmp_path / "stage")
+    folder.out.mkdir(parents=True)
+    (folder.out / "progress.jsonl").write_text("line\n")
+    folder.clear()
+    assert list(folder.out.iterdir()) == []
+    (folder.out / "progress.jsonl").write_text("line\n")
+    (folder.out / "half.npz").write_text("x")
+    (folder.checkpoint / "weights").write_text("x")
+    folder.clear()
+    assert [path.name for path in folder.out.iterdir()] == ["progress.jsonl"]
+    assert (folder.checkpoint / "weights").exists()
