@@ -30,14 +30,29 @@ def folder_of(method: Method, paths: Paths) -> Path | None:
     return paths.environments / f"{method.name}-{key}"
 
 
-def pythons(methods: Iterable[Method], paths: Paths, say: Callable[[str], None], *, missing: bool = True) -> dict[str, Path]:
-    """The Python of every method. ``missing``: make the environments that are not there (the Docker executor has its own)."""
+def pythons(
+    methods: Iterable[Method],
+    paths: Paths,
+    say: Callable[[str], None],
+    *,
+    missing: bool = True,
+    broken: dict[str, ConfigError] | None = None,
+) -> dict[str, Path]:
+    """The Python of every method. ``missing``: make the environments that are not there (the Docker executor has its own).
+
+    One that cannot be made raises, or lands in ``broken`` when that is given: it must not cost the other methods their runs.
+    """
     found = {}
     for method in methods:
         folder = folder_of(method, paths)
         if missing and folder is not None and not (folder / STAMP).exists():
             say(f"making the environment of {method.name} (once): {folder}")
-            make(method, folder)
+            try:
+                make(method, folder)
+            except ConfigError as error:
+                if broken is None:
+                    raise
+                broken[method.name] = error
         found[method.name] = Path(sys.executable) if folder is None else folder / "bin" / "python"
     return found
 

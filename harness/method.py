@@ -20,6 +20,7 @@ from harness.values import ConfigError, Frozen, build, nearest, read_toml
 Need = Literal["text", "pictures", "cuda"]
 RESERVED = ("title", "extends", "needs", "stages", "paper")
 """Keys of a ``[configs.NAME]`` table that are not hyper-parameters."""
+CONTRACT = Path(__file__).parent / "contract.py"
 IGNORED_PARTS = {"__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".git", ".DS_Store"}
 
 
@@ -234,4 +235,5 @@ def find_methods(paths: Paths, *, broken: dict[str, ConfigError] | None = None) 
 
 @functools.cache
 def contract_hash() -> str:
-    return hashlib.sha256((Path(__file__).parent / "contract.py").read_bytes()).hexdigest()
+    """Of the contract as it was when this process first asked."""
+    return hashlib.sha256(CONTRACT.read_bytes()).hexdigest()

@@ -11,12 +11,14 @@ from typing import Any
 
 from harness import provenance, score
 from harness import record as records
-from harness.contract import PREDICTIONS, VALID_PREDICTIONS, Domain, InvalidOutput
+from harness.contract import PREDICTIONS, VALID_PREDICTIONS, ContractError, Domain, InvalidOutput
 from harness.execute.stage import StageFolder
 from harness.method import Method
 from harness.paths import Paths
 from harness.record import Record
 from harness.runspec import PlannedRun
+from harness.suite import read_domain_info
+from harness.values import build
 
 
 class Reporter:
@@ -37,12 +39,17 @@ class Reporter:
         return score.score_key(run.fit_key, self._domain(run.domain)[1])
 
     def record(self, run: PlannedRun, results: list[dict[str, Any]], end: dict[str, Any]) -> Record:
-        """The record of a run whose last stage came to ``end``. Scores it if all stages are ok."""
-        public, _ = self._domain(run.domain)
+        """The record of a run whose last stage came to ``end``. Scores it if all stages are ok.
+
+        Raises ContractError for a damaged domain if there is something to score; a failure is recorded all the same.
+        """
         state, reason, scored = end["state"], end.get("reason", ""), None
+        info = read_domain_info(self._paths, run.domain)
+        score_key = self._score_key_or_none(run) if state != "ok" else self.score_key(run)
         folder = StageFolder(self._paths.stages / run.method / f"{run.stages[-1].name}-{run.stages[-1].key[:16]}")
         if state == "ok":
             try:
+                public, _ = self._domain(run.domain)
                 scored = score.score(folder.out / PREDICTIONS, folder.out / VALID_PREDICTIONS, public, self._paths.private(run.domain))
             except InvalidOutput as error:
                 state, reason = "invalid_output", str(error)
@@ -50,9 +57,9 @@ class Reporter:
             score.write_ranks(self._paths.secret / "ranks" / f"{run.id}.npz", scored.ranks)
         meta = end.get("meta") or {}
         return Record(
-            run=records.Run(id=run.id, fit_key=run.fit_key, score_key=self.score_key(run), stage_keys={s.name: s.key for s in run.stages}),
+            run=records.Run(id=run.id, fit_key=run.fit_key, score_key=score_key, stage_keys={s.name: s.key for s in run.stages}),
             method=self._method(run),
-            domain=_card(public),
+            domain=_card(info),
             seed=run.seed,
             budget=records.BudgetUsed(seconds=run.budget.seconds, memory=run.budget.memory, threads=run.budget.threads),
             status=records.Status(
@@ -68,11 +75,11 @@ class Reporter:
             slices=scored.slices if scored else {},
             behaviour=(meta.get("extra") or {}) | (scored.behaviour if scored else {}),
             training=records.Training(**{name: meta[name] for name in records.Training.model_fields if name in meta}),
-            cost=_cost(run, results, public),
-            environment=self._environment,
-            provenance=self._provenance(),
+            cost=_cost(run, results, int(info["counts"]["users"])),
+            environment=self._where(results),
+            provenance=self._provenance(results),
             artefacts=tuple(records.Artefact(**output) for output in end.get("outputs", [])),
-            reference=self._reference(run, scored, public),
+            reference=self._reference(run, scored, bool(info.get("simulated"))),
             isolation=_isolation(results),
             precision=records.Precision(dtype=meta.get("precision") or run.precision, attention=meta.get("attention")),
         )
@@ -89,14 +96,27 @@ class Reporter:
             configuration=run.configuration,
         )
 
-    def _provenance(self) -> records.Provenance:
-        sha, dirty = provenance.git_state()
-        return records.Provenance(git_sha=sha, dirty=dirty, command=self._command, started=self._started, finished=now())
+    def _where(self, results: list[dict[str, Any]]) -> records.Environment:
+        """The machine and packages of the run's last stage: a record that is only scored again must not say that it ran here."""
+        told = results[-1].get("environment") if results else None
+        return build(records.Environment, told, "the stage's result") if told else self._environment
 
-    def _reference(self, run: PlannedRun, scored: score.Scored | None, public: Domain) -> records.Reference | None:
+    def _provenance(self, results: list[dict[str, Any]]) -> records.Provenance:
+        """Code and command that made the record, and when: from the start of the run's first stage."""
+        sha, dirty = provenance.git_state()
+        started = min((result["started"] for result in results if result.get("started")), default=self._started)
+        return records.Provenance(git_sha=sha, dirty=dirty, command=self._command, started=started, finished=now())
+
+    def _score_key_or_none(self, run: PlannedRun) -> str | None:
+        try:
+            return self.score_key(run)
+        except (ContractError, OSError):
+            return None
+
+    def _reference(self, run: PlannedRun, scored: score.Scored | None, simulated: bool) -> records.Reference | None:
         """The published value of this cell. Only a comparable one gets a verdict: does our interval reach it?"""
         published = self._methods[run.method].reference(run.domain, run.config)
-        if published is None or public.info.get("simulated"):
+        if published is None or simulated:
             return None
         verdict = None
         if published.comparable and scored:
@@ -116,11 +136,10 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _card(public: Domain) -> records.DomainCard:
-    info = public.info
+def _card(info: dict[str, Any]) -> records.DomainCard:
     counts = {name: int(info["counts"][name]) for name in ("users", "items", "interactions", "train_interactions")}
     return records.DomainCard(
-        name=public.name,
+        name=info["name"],
         digest=info["digest"],
         tie_rate=info.get("tie_rate"),
         simulated=bool(info.get("simulated")),
@@ -129,7 +148,7 @@ def _card(public: Domain) -> records.DomainCard:
     )
 
 
-def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> records.Cost:
+def _cost(run: PlannedRun, results: list[dict[str, Any]], users: int) -> records.Cost:
     if not results:
         return records.Cost()
     stages = {result["stage"]: result["seconds"] for result in results}
@@ -142,7 +161,7 @@ def _cost(run: PlannedRun, results: list[dict[str, Any]], public: Domain) -> rec
         shared_stages=tuple(stage.name for stage in run.stages if stage.domains != (run.domain,) and stage.name in stages),
         fit_seconds=sum(seconds or 0.0 for seconds in fit) if any(seconds is not None for seconds in fit) else None,
         predict_seconds=predict,
-        users_per_second=public.n_users / predict if predict else None,
+        users_per_second=users / predict if predict else None,
         cpu_seconds=sum(result["cpu_seconds"] for result in results),
         peak_memory=max(result["peak_memory"] for result in results),
         peak_device_memory=max(device) if device else None,

@@ -5,26 +5,34 @@ In: a ``Plan``, the methods, an executor, slots. Out: records in ``results/local
 Runs are taken in plan order by one thread a slot. A stage is locked while it runs; a run whose stage is busy elsewhere
 (in another slot, or in another harness on the same results folder) is put off and looked at again. Finished stages and
 records are taken as they are; a record with an old score key is scored again from the stage's predictions.
+
+An error of one run (a damaged domain, an environment that cannot be made, a full disk while its folder is cleared) is that
+run's record, and costs no other run anything.
 """
 
 from __future__ import annotations
 
 import collections
+import hashlib
 import os
+import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.contract import Budget, DomainRef, Job
-from harness.execute.outcome import read_stage_result
+from harness.contract import Budget, ContractError, DomainRef, Job
+from harness.execute.outcome import LOG_TAIL, clean, read_stage_result
 from harness.execute.stage import Executor, StageFolder, StageTask
-from harness.method import Method
+from harness.method import CONTRACT, Method, contract_hash
 from harness.paths import Paths
 from harness.record import CACHED_STATES, Record, read_record, write_record
-from harness.reporting import Reporter, unfinished
+from harness.reporting import Reporter, now, unfinished
 from harness.runspec import Plan, PlannedRun, PlannedStage, derived_seed
+from harness.suite import read_domain_info
 from harness.values import ConfigError
 
 BUSY_WAIT = 0.2
@@ -66,11 +74,21 @@ class Slot:
 
 
 class Scheduler:
+    """``unready``: methods that cannot be started here, and why; their runs fail with that reason."""
+
     def __init__(
-        self, plan: Plan, paths: Paths, methods: dict[str, Method], executor: Executor, pythons: dict[str, Path], command: str = ""
+        self,
+        plan: Plan,
+        paths: Paths,
+        methods: dict[str, Method],
+        executor: Executor,
+        pythons: dict[str, Path],
+        command: str = "",
+        unready: dict[str, str] | None = None,
     ):
         self.plan, self.paths, self.methods, self.executor = plan, paths, methods, executor
-        self._pythons = pythons
+        self._pythons, self._unready = pythons, unready or {}
+        self._planned = Inputs(paths, methods, plan)
         self._reporter = Reporter(paths, methods, executor.environment(), command)
         self._activity = Activity()
         self._failed_stages: dict[str, dict[str, Any]] = {}
@@ -78,14 +96,23 @@ class Scheduler:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self.errors: list[BaseException] = []
+        """Of runs that could not even leave a record."""
+        self._complained = False
 
     def run(self, slots: list[Slot], observer: Observer) -> dict[str, Record]:
-        """Bring every planned run to a record. Returns all records of the plan by run id."""
+        """Bring every planned run to a record. Returns all records of the plan by run id.
+
+        Raises the first error of a run that could not leave a record, when all others have theirs.
+        """
         records: dict[str, Record] = {}
         for run in self.plan.runs:
-            if record := self.cached(run):
+            try:
+                record = self.cached(run)
+            except Exception:
+                record = None  # it comes again when the run's turn has come, and is recorded then
+            if record:
                 records[run.id] = record
-                observer.run_finished(run, record, True)
+                self._tell(observer.run_finished, run, record, True)
             else:
                 self._queue.append(run)
         self._left = len(self._queue)
@@ -114,6 +141,8 @@ class Scheduler:
             return None  # a torn or old record: the stage's predictions are scored again, or the run is done again
         if record.status.state not in CACHED_STATES or record.run.fit_key != run.fit_key:
             return None
+        if not record.ok and not record.cost.stages and record.status.reason != run.missing:
+            return None  # skipped for a need that is met now, or that the method has no more: needs are not in the fit key
         if record.ok and record.run.score_key != self._reporter.score_key(run):
             return None
         return record
@@ -133,10 +162,12 @@ class Scheduler:
                 continue
             try:
                 record = self._bring_to_record(run, slot, observer)
-            except BaseException as error:
-                self.errors.append(error)
-                self.stop()
-                return
+            except Exception as error:
+                record = self._broken(run, error)
+                if record is None:
+                    with self._lock:
+                        self._left -= 1
+                    continue
             with self._lock:
                 if record is None:
                     self._queue.append(run)
@@ -147,10 +178,33 @@ class Scheduler:
                     waits = 0
                 pause = waits > len(self._queue)
             if record is not None:
-                observer.run_finished(run, record, False)
+                self._tell(observer.run_finished, run, record, False)
             elif pause:
                 time.sleep(BUSY_WAIT)
                 waits = 0
+
+    def _tell(self, event: Callable[..., None], *arguments: Any) -> None:
+        """Tell an observer. What it raises (a closed terminal, say) must not cost a run; it is said once."""
+        try:
+            event(*arguments)
+        except Exception:
+            if not self._complained:
+                self._complained = True
+                try:
+                    traceback.print_exc(file=sys.stderr)
+                except OSError:
+                    pass  # that is closed, too
+
+    def _broken(self, run: PlannedRun, error: Exception) -> Record | None:
+        """The record of a run that the harness could not carry out; None, and one error more, where not even that can be written."""
+        reason = str(error) if isinstance(error, ConfigError | ContractError | OSError) else f"{type(error).__name__}: {error}"
+        tail = "".join(traceback.format_exception(error))[-LOG_TAIL:]
+        end = {"state": "failed", "reason": clean(f"the harness could not do this run: {reason}", 1000), "log_tail": clean(tail, LOG_TAIL)}
+        try:
+            return self._write(self._reporter.record(run, [], end))
+        except Exception:
+            self.errors.append(error)
+            return None
 
     def _bring_to_record(self, run: PlannedRun, slot: Slot, observer: Observer) -> Record | None:
         """Run the missing stages of a run and write its record; None if one of its stages is busy elsewhere."""
@@ -158,7 +212,7 @@ class Scheduler:
             return record
         if run.missing:
             return self._write(self._reporter.record(run, [], {"state": "skipped", "reason": run.missing}))
-        observer.run_started(run)
+        self._tell(observer.run_started, run)
         results: list[dict[str, Any]] = []
         for stage in run.stages:
             result = self._stage(run, stage, results, slot, observer)
@@ -198,16 +252,23 @@ class Scheduler:
                 return None
             if (result := finished(folder)) is not None:
                 return result
+            if run.method in self._unready:
+                raise ConfigError(self._unready[run.method])
+            self._planned.check(run.method, stage.domains)
             folder.clear()
-            observer.stage_started(run, stage, folder)
+            self._tell(observer.stage_started, run, stage, folder)
             last = stage is run.stages[-1]
             task = self._task(run, stage, folder, slot, lock)
-            mark, busy, began = self._activity.enter(), other_cpu_seconds(), time.monotonic()
-            outcome = self.executor.run(task)
-            beside = self._activity.leave(mark)
+            mark, busy, began, started = self._activity.enter(), other_cpu_seconds(), time.monotonic(), now()
+            try:
+                outcome = self.executor.run(task)
+            finally:
+                beside = self._activity.leave(mark)
             wall = time.monotonic() - began
             outcome["beside"] = beside or other_cpu_seconds() - busy - outcome["cpu_seconds"] > max(1.0, 0.25 * wall)
+            self._planned.check(run.method, stage.domains)
             result = read_stage_result(outcome, folder, task.job, self.paths, last)
+            result |= {"started": started, "environment": self.executor.environment().model_dump(mode="json")}
             if self._stopping.is_set() and result["state"] != "ok":
                 result = unfinished(result)
             folder.finish(result)
@@ -237,6 +298,36 @@ class Scheduler:
             precision=run.precision,
         )
         return StageTask(folder=folder, job=job, method=method, python=self._pythons[run.method], lock=lock, gpu=slot.gpu)
+
+
+class Inputs:
+    """What the fit keys were made from, as it was when the plan was: files that change while a suite runs would give results
+    under a key that names others, and whoever changed them back would find those results finished."""
+
+    def __init__(self, paths: Paths, methods: dict[str, Method], plan: Plan):
+        self._paths, self._methods = paths, methods
+        self._sources = {name: methods[name].source_hash(paths.project) for name in {run.method for run in plan.runs}}
+        self._domains = {name: self._digest(name) for run in plan.runs for stage in run.stages for name in stage.domains}
+
+    def check(self, method: str, domains: tuple[str, ...]) -> None:
+        """Raises ConfigError if the method's code, the contract or a domain is not what was planned."""
+        changed = [f"baseline or source files of {method}"] if self._source(method) != self._sources[method] else []
+        changed += ["harness/contract.py"] if hashlib.sha256(CONTRACT.read_bytes()).hexdigest() != contract_hash() else []
+        changed += [f"domain {name}" for name in domains if self._digest(name) != self._domains[name]]
+        if changed:
+            raise ConfigError(f"{', '.join(changed)} changed since this command was started; run the same command again")
+
+    def _source(self, method: str) -> str | None:
+        try:
+            return self._methods[method].source_hash(self._paths.project)
+        except OSError:
+            return None  # a file went while it was read
+
+    def _digest(self, domain: str) -> str | None:
+        try:
+            return str(read_domain_info(self._paths, domain)["digest"])
+        except (ConfigError, KeyError, OSError):
+            return None
 
 
 def stage_folder(paths: Paths, method: str, stage: PlannedStage) -> StageFolder:

@@ -7,6 +7,8 @@ In: the scheduler's events. Out: text. Progress is read from the methods' own ``
 from __future__ import annotations
 
 import json
+import os
+import stat
 import threading
 import time
 from dataclasses import dataclass, field
@@ -41,15 +43,18 @@ class Running:
         if self.folder is None:
             return ""
         try:
-            with open(self.folder.out / "progress.jsonl", "rb") as file:
-                file.seek(0, 2)
-                file.seek(max(0, file.tell() - TAIL))
-                line = file.read().splitlines()[-1]
+            # A FIFO must not be waited for, and a link not be followed: the method can put there what it likes.
+            handle = os.open(self.folder.out / "progress.jsonl", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(handle, "rb"):
+                status = os.fstat(handle)
+                if not stat.S_ISREG(status.st_mode):
+                    return ""
+                line = os.pread(handle, TAIL, max(0, status.st_size - TAIL)).splitlines()[-1]
             value: dict[str, Any] = json.loads(line)
             metrics = ", ".join(f"{name} {number:.4f}" for name, number in list(value["metrics"].items())[:3])
             step = f"{value['step']}/{value['of']}" if value.get("of") else f"{value['step']}"
             return clean(f"step {step}  {metrics}", 100)
-        except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             return ""
 
 

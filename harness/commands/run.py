@@ -54,14 +54,20 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
         raise ConfigError(f"suite {plan.suite}: nothing to run with this selection")
     announce(session, executor, console)
     used = {run.method: session.methods[run.method] for run in plan.runs}
-    pythons = environments.pythons(used.values(), session.paths, console.print, missing=executor_name != "docker")
+    without: dict[str, ConfigError] = {}
+    pythons = environments.pythons(used.values(), session.paths, console.print, missing=executor_name != "docker", broken=without)
     command = "harness " + shlex.join(sys.argv[1:])
-    scheduler = Scheduler(plan, session.paths, session.methods, executor, pythons, command)
+    unready = {name: str(error) for name, error in without.items()}
+    scheduler = Scheduler(plan, session.paths, session.methods, executor, pythons, command, unready)
     tracker = start_tracker(session) if mlflow else None
     slots = make_slots(plan, executor.environment().cpus, gpu_count(executor), jobs)
     stopped = stop_on_signals(scheduler, console)
-    with Display(plan, console) as display:
-        scheduler.run(slots, Observers(display, Publish(session, tracker) if tracker else None))
+    lost: Exception | None = None
+    try:
+        with Display(plan, console) as display:
+            scheduler.run(slots, Observers(display, Publish(session, tracker) if tracker else None))
+    except Exception as error:
+        lost = error  # the table of what is there comes first
     records = records_of(session, console)
     files = make_tables(session, records, console)
     if tracker:
@@ -71,6 +77,8 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
             url = seen_from_outside(url)
             console.print(f"MLflow: {url}   (look at it any time with `harness ui`)", highlight=False)
     say_where(files, console)
+    if lost:
+        raise lost
     return 130 if stopped.is_set() else 0 if all_fine(plan, records) else 1
 
 

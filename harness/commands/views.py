@@ -15,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from harness.commands.prepare import Session, log_of
-from harness.contract import Domain
+from harness.contract import ContractError, Domain, InvalidOutput
 from harness.execute.stage import Executor
 from harness.paths import PROJECT
 from harness.record import CACHED_STATES, Record, read_record, read_records
@@ -27,13 +27,17 @@ from harness.values import ConfigError
 PLANNED_STATES = {"cached": "dim", "score again": "cyan", "run": "bold"}
 
 
-def oracles(session: Session) -> dict[str, dict[str, float]]:
-    """The oracle row: what the generator's own ranking reaches on each simulated domain."""
+def oracles(session: Session, console: Console) -> dict[str, dict[str, float]]:
+    """The oracle row: what the generator's own ranking reaches on each simulated domain. A damaged domain is named and has none."""
     found = {}
     for name in session.plan.domains:
-        values = oracle_metrics(Domain.read(session.paths.public(name)), session.paths.private(name))
-        if values:
-            found[name] = values
+        try:
+            values = oracle_metrics(Domain.read(session.paths.public(name)), session.paths.private(name))
+        except (ContractError, InvalidOutput) as error:
+            console.print(f"[yellow]{escape(str(error))}[/]", highlight=False)
+        else:
+            if values:
+                found[name] = values
     return found
 
 
@@ -50,7 +54,7 @@ def make_tables(session: Session, records: dict[str, Record], console: Console) 
     """Build, print and write the comparison table. Returns the files by format."""
     from harness.table import build_table, to_rich, write_tables
 
-    table = build_table(session.plan, records, oracles(session))
+    table = build_table(session.plan, records, oracles(session, console))
     console.print(to_rich(table))
     return write_tables(table, session.paths.tables / session.plan.suite)
 
@@ -133,9 +137,16 @@ def _intention(session: Session, scheduler: Scheduler, run: Any) -> tuple[str, s
 def score_again(session: Session, executor: Executor, console: Console) -> int:
     """Bring the records of all runs whose predictions are finished up to date; trains nothing."""
     scheduler = Scheduler(session.plan, session.paths, session.methods, executor, {})
-    changed = sum(scheduler.score_finished(run) for run in session.plan.runs)
+    changed, failed = 0, dict[str, str]()
+    for run in session.plan.runs:
+        try:
+            changed += scheduler.score_finished(run)
+        except ContractError as error:  # one damaged domain must not keep the others from being scored
+            failed[run.domain] = str(error)
+    for reason in failed.values():
+        console.print(f"[red]{escape(reason)}[/]", highlight=False)
     console.print(f"{changed} of {len(session.plan.runs)} runs were scored again", highlight=False)
-    return 0
+    return int(bool(failed))
 
 
 def known_seconds(session: Session) -> dict[tuple[str, str, str], float]:
@@ -153,7 +164,7 @@ def publish(session: Session, console: Console) -> int:
     from harness.tracking import publish as publish_records
 
     records = records_of(session, console)
-    table = build_table(session.plan, records, oracles(session))
+    table = build_table(session.plan, records, oracles(session, console))
     files = write_tables(table, session.paths.tables / session.plan.suite)
     summary = publish_records(session.plan, records, lambda run_id: log_of(session, run_id), session.paths.results, files)
     console.print(str(summary), highlight=False)
@@ -163,10 +174,10 @@ def publish(session: Session, console: Console) -> int:
 def keep(session: Session, console: Console) -> int:
     """Copy records and tables that are worth keeping to ``results/records`` and ``results/tables``."""
     target = session.paths.project / "results"
-    kept = 0
+    kept, found = 0, records_of(session, console)
     for run in session.plan.runs:
         path = session.paths.records / f"{run.id}.json"
-        if path.exists() and read_record(path).ok:
+        if run.id in found and found[run.id].ok:
             (target / "records" / session.plan.suite).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / "records" / session.plan.suite / path.name)
             kept += 1

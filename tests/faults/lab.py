@@ -68,11 +68,12 @@ def make_fake_plan(
     grace: float = 1.0,
     memory_gib: float = 0.7,
     disk_gib: float = 0.2,
+    domain: str = "small",
 ) -> Plan:
     suite = Suite(
         name="faults",
         title="Faults",
-        domains=("small",),
+        domains=(domain,),
         seeds=seeds,
         budget=BudgetFile(seconds=seconds, grace=grace, memory_gib=memory_gib, disk_gib=disk_gib),
         run=tuple(entries),

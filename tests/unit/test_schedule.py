@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from harness import score
+from harness.environments import pythons
+from harness.execute.local import LocalExecutor
 from harness.execute.stage import StageFolder
 from harness.method import find_methods
 from harness.paths import Paths
 from harness.record import read_records
-from harness.schedule import make_slots, stage_folder
+from harness.schedule import Scheduler, Slot, make_slots, stage_folder
 from harness.suite import Entry
 from tests.faults import lab
 
@@ -111,6 +115,91 @@ def test_the_records_hold_no_answers(paths: Paths) -> None:
     for path in paths.records.glob("*.json"):
         longest = max((len(value) for value in _lists(json.loads(path.read_text()))), default=0)
         assert longest < 10
+
+
+# --------------------------------------------------------------------------- what goes wrong in one run costs no other
+
+
+@pytest.fixture
+def instant(tmp_path: Path) -> Paths:
+    paths = lab.make_paths(tmp_path, ["instant"])
+    for name in ("small", "other"):
+        lab.make_domain(paths, name)
+    return paths
+
+
+def instant_plan(paths: Paths, *domains: str) -> lab.Plan:
+    plans = [lab.make_fake_plan(paths, [Entry(method="instant", configs=("default",))], domain=domain) for domain in domains]
+    return plans[0].model_copy(update={"runs": tuple(run for plan in plans for run in plan.runs)})
+
+
+def scheduler_of(plan: lab.Plan, paths: Paths, **more: Any) -> Scheduler:
+    methods = find_methods(paths)
+    return Scheduler(plan, paths, methods, LocalExecutor(paths), pythons(methods.values(), paths, print), **more)
+
+
+@pytest.mark.parametrize("part", ["public/users.parquet", "private/targets.parquet"])
+def test_a_damaged_domain_fails_its_own_runs_only(instant: Paths, part: str) -> None:
+    plan = instant_plan(instant, "small", "other")
+    instant.domain("small").joinpath(part).write_bytes(b"nonsense")
+    records = scheduler_of(plan, instant).run([Slot()], lab.Silent())
+    states = {record.domain.name: record.status for record in records.values()}
+    assert states["other"].state == "ok"
+    assert (states["small"].state == "failed" and "users.parquet" in states["small"].reason) or "targets.parquet" in states["small"].reason
+    assert set(read_records(instant.records)) == {run.id for run in plan.runs}
+
+
+def test_an_observer_that_raises_costs_no_run(instant: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    class Closed(lab.Silent):
+        def run_finished(self, *_: object) -> None:
+            raise BrokenPipeError("the terminal is closed")
+
+    plan = instant_plan(instant, "small", "other")
+    records = scheduler_of(plan, instant).run([Slot()], Closed())
+    assert [record.status.state for record in records.values()] == ["ok", "ok"]
+    assert capsys.readouterr().err.count("the terminal is closed") == 1
+
+
+def test_a_method_without_its_environment_fails_with_that_reason(instant: Paths) -> None:
+    records = scheduler_of(instant_plan(instant, "small"), instant, unready={"instant": "pip said no"}).run([Slot()], lab.Silent())
+    status = next(iter(records.values())).status
+    assert status.state == "failed" and "pip said no" in status.reason
+
+
+@pytest.mark.parametrize("what", ["method", "domain"])
+def test_what_changes_after_the_plan_was_made_gets_no_result_under_the_old_key(instant: Paths, what: str) -> None:
+    plan = instant_plan(instant, "small")
+    scheduler = scheduler_of(plan, instant)
+    if what == "method":
+        program = instant.methods[0] / "instant" / "run.py"
+        program.write_text(program.read_text() + "\n# edited\n")
+    else:
+        shutil.rmtree(instant.domain("small"))
+        lab.make_domain(instant, "small", seed=2)
+    status = scheduler.run([Slot()], lab.Silent())[plan.runs[0].id].status
+    assert status.state == "failed" and "changed since this command was started" in status.reason
+    assert not stage_folder(instant, "instant", plan.runs[0].stages[-1]).result_path.exists()
+
+
+def test_a_need_that_is_taken_back_is_no_reason_to_skip_for_ever(paths: Paths) -> None:
+    """Needs are not in the fit key, so the skipped record has the same name as the run that can be done now."""
+    file = paths.methods[0] / "slow" / "method.toml"
+    content = file.read_text()
+    file.write_text(content.replace('letter = "b"', 'letter = "b"\nneeds = ["cuda"]'))
+    assert lab.carry_out(slow_plan(paths), paths)["b"].status.state == "skipped"
+    file.write_text(content)
+    assert lab.carry_out(slow_plan(paths), paths)["b"].ok
+
+
+def test_scoring_again_elsewhere_keeps_the_machine_of_the_training(instant: Paths) -> None:
+    plan = instant_plan(instant, "small")
+    before = scheduler_of(plan, instant).run([Slot()], lab.Silent())[plan.runs[0].id]
+    (instant.records / f"{plan.runs[0].id}.json").unlink()
+    elsewhere = scheduler_of(plan, instant)
+    elsewhere._reporter._environment = before.environment.model_copy(update={"hardware": "another", "cpu": "another"})
+    assert elsewhere.score_finished(plan.runs[0])
+    after = read_records(instant.records)[plan.runs[0].id]
+    assert after.environment == before.environment and after.provenance.started == before.provenance.started
 
 
 def _lists(value: object) -> list[list]:

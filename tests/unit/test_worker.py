@@ -45,7 +45,9 @@ def worker(house: House) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture(scope="module")
 def executor(house: House, worker: subprocess.Popen[bytes]) -> WorkerExecutor:
-    return house.executor()
+    found = house.executor()
+    found.environment()  # as every command does first: it waits until the worker is there
+    return found
 
 
 def test_a_run_gives_what_it_gives_locally(house: House, executor: WorkerExecutor) -> None:
