@@ -145,7 +145,7 @@ def test_a_damaged_domain_fails_its_own_runs_only(instant: Paths, part: str) -> 
     records = scheduler_of(plan, instant).run([Slot()], lab.Silent())
     states = {record.domain.name: record.status for record in records.values()}
     assert states["other"].state == "ok"
-    assert (states["small"].state == "failed" and "users.parquet" in states["small"].reason) or "targets.parquet" in states["small"].reason
+    assert states["small"].state == "failed" and str(instant.domain("small")) in states["small"].reason
     assert set(read_records(instant.records)) == {run.id for run in plan.runs}
 
 
@@ -157,7 +157,7 @@ def test_an_observer_that_raises_costs_no_run(instant: Paths, capsys: pytest.Cap
     plan = instant_plan(instant, "small", "other")
     records = scheduler_of(plan, instant).run([Slot()], Closed())
     assert [record.status.state for record in records.values()] == ["ok", "ok"]
-    assert capsys.readouterr().err.count("the terminal is closed") == 1
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 def test_a_method_without_its_environment_fails_with_that_reason(instant: Paths) -> None:
