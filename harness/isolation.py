@@ -3,7 +3,8 @@
 Used by the supervisor between fork and exec. Each means is tried and what was reached is reported, never assumed:
 
 - *namespaces* (as root or through a user namespace): own processes (nothing outlives the run), own network without any
-  route, own ``/proc`` and ``/dev/shm``;
+  route, own ``/proc`` and ``/dev/shm``, and no unix sockets of others: neither Landlock nor a network namespace keeps a method
+  from asking the Docker engine, the user's systemd or a terminal multiplexer to read a file for it;
 - *Landlock* (kernel 5.13; TCP from 6.7; signals and abstract sockets from 6.12): only named folders can be read, only
   the run's own folders can be written, whoever the user is;
 - *another user*, where the harness is root and the kernel has no Landlock.
@@ -21,7 +22,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -30,6 +31,8 @@ PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS =
 KEPT_CAPABILITIES = {0, 1, 3, 4}
 """CHOWN, DAC_OVERRIDE, FOWNER, FSETID: root keeps what file ownership means to it, and nothing else."""
 NOBODY = 65534
+MS_BIND = 0x1000
+KEPT_SOCKETS = ("/run/nvidia-persistenced",)
 
 SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 444, 445, 446
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
@@ -51,7 +54,8 @@ SYSTEM_READ = (
     "/run/nvidia-persistenced",
     "/run/systemd/resolve",
 )
-DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "ptmx", "pts", "shm", "dri", "kfd")
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty", "shm", "dri", "kfd")
+"""Without terminals (``pts``): what is written to the user's own would pass for the harness's table."""
 
 
 def prctl(option: int, value: int = 0) -> bool:
@@ -96,6 +100,42 @@ def enter_network_and_mount_namespaces() -> tuple[bool, bool]:
     return network, mounts
 
 
+def unix_sockets() -> list[str]:
+    """Paths of the unix sockets that are bound in this network namespace."""
+    try:
+        with open("/proc/net/unix", "rb") as file:
+            paths = [line.split(maxsplit=7)[-1].rstrip(b"\n") for line in file]
+    except OSError:
+        return []
+    return sorted({os.fsdecode(path) for path in paths if path.startswith(b"/")})
+
+
+def hide_sockets(found: Iterable[str], needed: Iterable[str]) -> bool:
+    """Put nothing in the place of ``/run`` and of all other sockets ``found``. For a mount namespace of one's own.
+
+    ``needed``: paths of the run; what lies there stays. False where something could not be hidden.
+    """
+    needed = [os.path.realpath(path) for path in needed]
+    kept = {path: os.open(path, os.O_PATH | os.O_CLOEXEC) for path in KEPT_SOCKETS if os.path.isdir(path)}
+    done = True
+    if not any(_is_below(path, "/run") for path in needed) and os.path.isdir("/run"):
+        done = _mount(b"tmpfs", b"/run", b"tmpfs", 0x6, b"mode=755,size=1m")
+        for path, handle in kept.items() if done else ():
+            os.makedirs(path)
+            _mount(f"/proc/self/fd/{handle}".encode(), path.encode(), None, MS_BIND, None)
+    for handle in kept.values():
+        os.close(handle)
+    for path in found:
+        with contextlib.suppress(OSError, ValueError):
+            if stat.S_ISSOCK(os.lstat(path).st_mode) and not any(_is_below(path, kept) for kept in KEPT_SOCKETS):
+                done &= _mount(b"/dev/null", os.fsencode(path), None, MS_BIND, None)
+    return done
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
 def _mount(source: bytes, target: bytes, kind: bytes | None, flags: int, data: bytes | None) -> bool:
     return _LIBC.mount(source, target, kind, ctypes.c_ulong(flags), data) == 0
 
@@ -126,10 +166,12 @@ def landlock_abi() -> int:
     return max(0, _LIBC.syscall(SYS_LANDLOCK_CREATE, None, 0, 1))
 
 
-def landlock(read: Iterable[str], write: Iterable[str]) -> tuple[bool, bool]:
+def landlock(read: Iterable[str], write: Iterable[str], hidden: Iterable[str] = ()) -> tuple[bool, bool]:
     """Confine this process and all it starts. Returns (files confined, TCP confined).
 
     ``read``: files and folders that can be read and executed. ``write``: folders in which everything can be done.
+    ``hidden``: folders that stay closed although they lie in one that can be read (a checkout below ``/opt``, say); what
+    ``read`` and ``write`` name inside them is open all the same.
     Needs no privilege, cannot be undone. Paths that do not exist are left out.
     """
     abi = landlock_abi()
@@ -144,8 +186,10 @@ def landlock(read: Iterable[str], write: Iterable[str]) -> tuple[bool, bool]:
     if ruleset < 0:
         return False, False
     try:
+        closed = [os.path.realpath(path) for path in hidden]
         for path in (*SYSTEM_READ, *read):
-            _allow(ruleset, path, READ_RIGHTS & rights)
+            for part in _without(path, closed):
+                _allow(ruleset, part, READ_RIGHTS & rights)
         for path in write:
             _allow(ruleset, path, rights)
         for name in DEVICES:
@@ -158,6 +202,21 @@ def landlock(read: Iterable[str], write: Iterable[str]) -> tuple[bool, bool]:
     finally:
         os.close(ruleset)
     return done, done and network > 0
+
+
+def _without(path: str, closed: list[str]) -> Iterator[str]:
+    """``path``, or, where something closed lies in it, all in it that does not lead there. Landlock can only allow."""
+    real = os.path.realpath(path)
+    if real in closed:
+        return
+    if not any(_is_below(folder, real) for folder in closed):
+        yield path
+        return
+    with contextlib.suppress(OSError):
+        for name in os.listdir(real):
+            child = os.path.join(real, name)
+            if not os.path.islink(child):  # what it points to is open only if something else says so
+                yield from _without(child, closed)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:

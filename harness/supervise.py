@@ -27,6 +27,7 @@ from harness import isolation
 TERM_GRACE = 5.0
 """Seconds between SIGTERM, on which a method may save its checkpoint, and SIGKILL."""
 LOG_LIMIT = 32 << 20
+DRAIN_READS = 64
 ORPHAN_MARK = "HARNESS_RUN"
 
 
@@ -46,6 +47,8 @@ class Spec:
     disk: int
     isolation: str = "auto"
     term_grace: float = TERM_GRACE
+    hidden: list[str] = field(default_factory=list)
+    """Folders that hold answers or records: closed also where a folder around them can be read."""
 
 
 @dataclass
@@ -139,8 +142,11 @@ class Supervisor:
             self._drain(output, log)
 
     def _drain(self, output: int, log: Any) -> bool:
-        """Copy what the method printed; past the cap it is read and thrown away. False when nobody can write any more."""
-        while True:
+        """Copy what the method printed; past the cap it is read and thrown away. False when nobody can write any more.
+
+        Not for ever: what several processes print without a pause must not keep the supervisor from the limits.
+        """
+        for _ in range(DRAIN_READS):
             try:
                 data = os.read(output, 1 << 16)
             except BlockingIOError:
@@ -153,6 +159,7 @@ class Supervisor:
                 if len(data) >= room:
                     log.write(b"\n[harness] the log is cut here: it has reached its limit\n")
             self._log_bytes += len(data)
+        return True
 
     # ------------------------------------------------------------------------------------------------- the limits
 
@@ -211,7 +218,7 @@ class Supervisor:
         elif ended == "exit":
             code = os.waitstatus_to_exitcode(report["status"])
             outcome.exit_code = code if code >= 0 else None
-            outcome.signal = signal.Signals(-code).name if code < 0 else None
+            outcome.signal = _signal_name(-code) if code < 0 else None
         if outcome.signal == "SIGKILL" and _kernel_kills() > self._kernel_kills:
             outcome.ended_by, outcome.reason = "memory", "killed by the kernel: the container's memory limit was reached"
 
@@ -222,11 +229,13 @@ class Supervisor:
 def _first_process(spec: Spec, level: str, own_processes: bool, report: int, output: int) -> None:
     """The child of the supervisor: sets up the sandbox, starts the method, reaps, reports, ends. Never returns."""
     try:
-        isolation.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent(report)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         os.setsid()
+        sockets = isolation.unix_sockets() if own_processes else []
         network, mounts = isolation.enter_network_and_mount_namespaces() if own_processes else (False, False)
+        hidden = mounts and isolation.hide_sockets(sockets, [*spec.read, *spec.write, *spec.argv[:2], spec.cwd])
         inner_read, inner_write = os.pipe()
         method = os.fork()
         if method == 0:
@@ -246,6 +255,7 @@ def _first_process(spec: Spec, level: str, own_processes: bool, report: int, out
             for word, holds in (
                 ("own processes", own_processes),
                 ("own /proc", mounts),
+                ("no sockets", hidden),
                 ("no network", network),
                 ("landlock", confined.get("files")),
             )
@@ -265,7 +275,7 @@ def _first_process(spec: Spec, level: str, own_processes: bool, report: int, out
 def _become_method(spec: Spec, level: str, report: int, output: int) -> None:
     """The method's own process: confined, then replaced by its program. Never returns."""
     try:
-        isolation.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)
+        _end_with_parent(report)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
@@ -278,7 +288,7 @@ def _become_method(spec: Spec, level: str, report: int, output: int) -> None:
         os.umask(0o022)
         told: dict[str, Any] = {"level": level}
         if level in ("landlock", "container"):
-            told["files"], told["network"] = isolation.landlock(spec.read, spec.write)
+            told["files"], told["network"] = isolation.landlock(spec.read, spec.write, spec.hidden)
             if level == "landlock" and not told["files"]:
                 told["level"] = "convention"
         if os.geteuid() == 0 and level == "user":
@@ -319,6 +329,7 @@ def _become_nobody(spec: Spec) -> None:
     os.setgroups([])
     os.setresgid(isolation.NOBODY, isolation.NOBODY, isolation.NOBODY)
     os.setresuid(isolation.NOBODY, isolation.NOBODY, isolation.NOBODY)
+    isolation.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)  # the kernel forgets it when the user changes
 
 
 def _give_back(spec: Spec) -> None:
@@ -328,6 +339,25 @@ def _give_back(spec: Spec) -> None:
         for root, _, files in os.walk(folder):
             for path in (root, *(os.path.join(root, name) for name in files)):
                 os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"  # most real-time signals have no name
+
+
+def _end_with_parent(report: int) -> None:
+    """Let the kernel end this process when its parent ends, and end it now if that has happened already.
+
+    ``report``: a pipe of which the parent alone holds the other end.
+    """
+    isolation.prctl(isolation.PR_SET_PDEATHSIG, signal.SIGKILL)
+    poller = select.poll()
+    poller.register(report, 0)
+    if poller.poll(0):  # POLLERR: nobody reads
+        os._exit(1)
 
 
 def _tell(handle: int, value: dict[str, Any]) -> None:

@@ -97,6 +97,7 @@ def make_spec(task: StageTask, paths: Paths, contract: Path, prefixes: set[str])
         "status": str(folder.path / "status.json"),
         "read": [*sorted({*prefixes, str(task.python.parent.parent)}), *read],
         "write": [str(p) for p in (job.output, job.cache, job.scratch, job.checkpoint)],
+        "hidden": [str(p) for p in (paths.data, paths.results, paths.project)],
         "deadline": job.budget.deadline,
         "memory": job.budget.memory,
         "disk": job.budget.disk,

@@ -29,6 +29,7 @@ ATTACK_NAMES = [
     "reads_private_through_proc",
     "reads_results_and_ranks",
     "reaches_network",
+    "writes_to_terminals",
     "writes_elsewhere",
     "imports_the_simulator",
     "ends_the_harness",
@@ -38,12 +39,17 @@ ATTACK_NAMES = [
 
 @contextlib.contextmanager
 def listening() -> Iterator[int]:
-    """Something to reach: a TCP server (MLflow's stand-in), a UDP echo and an abstract unix socket, all on this machine."""
+    """Something to reach: a TCP server (MLflow's stand-in), a UDP echo, unix sockets and a terminal, all on this machine."""
     tcp, udp, unix = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+    named, terminal = socket.socket(socket.AF_UNIX), os.openpty()
     number = tcp.getsockname()[1]
     udp.bind(("127.0.0.1", number))
     unix.bind(f"\0harness-test-{number}")
     unix.listen()
+    place = Path(f"/tmp/harness-test-{number}")
+    named.bind(str(place))
+    place.chmod(0o777)
+    named.listen()
 
     def echo() -> None:
         while True:
@@ -55,8 +61,11 @@ def listening() -> Iterator[int]:
 
     threading.Thread(target=echo, daemon=True).start()
     yield number
-    for handle in (tcp, udp, unix):
+    for handle in (tcp, udp, unix, named):
         handle.close()
+    for end in terminal:
+        os.close(end)
+    place.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +99,31 @@ def test_an_attack_finds_nothing(records: dict[str, Record], attack: str) -> Non
     assert record.behaviour["found"] == ""
     assert record.isolation.level == "landlock"
     assert record.isolation.network
+
+
+def test_what_lies_around_the_answers_can_be_read_and_they_cannot(place: Path) -> None:
+    """A checkout below ``/opt`` or ``/usr/local``, which every method reads: its data and results stay closed."""
+    if not isolation.landlock_abi():
+        pytest.skip("this kernel has no Landlock")
+    names = ("tool/file", "project/harness/score.py", "project/data/x/private/targets", "project/data/x/public/users", "project/venv/lib")
+    for name in names:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("x")
+    child = os.fork()
+    if child == 0:
+        public, environment = str(place / "project/data/x/public"), str(place / "project/venv")
+        isolation.landlock([str(place), public, environment], [], [str(place / "project"), str(place / "project/data")])
+        seen = [name for name in names if os.path.exists(place / name) and can_open(place / name)]
+        os._exit(0 if seen == [names[0], names[3], names[4]] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def can_open(path: Path) -> bool:
+    try:
+        path.read_text()
+        return True
+    except OSError:
+        return False
 
 
 def test_shared_memory_does_not_outlive_the_run(records: dict[str, Record]) -> None:

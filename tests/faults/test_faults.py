@@ -37,6 +37,9 @@ EXPECTED = {
     "output_megabytes": ("invalid_output", "at most"),
     "zip_bomb": ("invalid_output", "at most"),
     "segfault": ("failed", "SIGSEGV"),
+    "nameless_signal": ("failed", "signal 40"),
+    "prints_for_ever": ("timeout", "still running"),
+    "meta_infinity": ("invalid_output", "not a finite number"),
     "kills_supervisor": ("ok", ""),
     "skips": ("skipped", "unicorn"),
 }

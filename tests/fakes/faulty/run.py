@@ -135,6 +135,22 @@ def segfault(job, lists_UK):
     ctypes.string_at(0)
 
 
+def nameless_signal(job, lists_UK):
+    os.kill(os.getpid(), 40)  # a real-time signal
+
+
+def prints_for_ever(job, lists_UK):
+    for _ in range(3):
+        if os.fork() == 0:
+            break
+    while True:
+        os.write(1, bytes(1 << 20))
+
+
+def meta_infinity(job, lists_UK):
+    (job.output / "meta.json").write_text('{"extra": {"rate": 1e999}}')
+
+
 def kills_supervisor(job, lists_UK):
     """Ends the supervisors of its own results folder, its own among them, where it can see and signal them."""
     parents = job.output.parents
