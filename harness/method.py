@@ -146,7 +146,7 @@ def hash_tree(roots: tuple[Path, ...], base: Path, without: tuple[str, ...] = ()
 
 
 def list_files(root: Path) -> list[Path]:
-    return sorted(p for p in root.rglob("*") if p.is_file() and not IGNORED_PARTS & set(p.parts) and p.suffix != ".pyc")
+    return sorted(p for p in root.rglob("*") if p.is_file() and not IGNORED_PARTS & set(p.relative_to(root).parts) and p.suffix != ".pyc")
 
 
 def load_method(folder: Path, project: Path) -> Method:

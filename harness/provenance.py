@@ -48,12 +48,24 @@ def environment_digests(methods: tuple[Method, ...], where: Environment) -> dict
     return digests
 
 
+def visible_gpus() -> list[str] | None:
+    """The GPUs that the caller's ``CUDA_VISIBLE_DEVICES`` leaves to us, on a machine shared with others; None for all."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    ids = [part.strip() for part in value.split(",")]
+    end = next((index for index, part in enumerate(ids) if part in ("", "-1", "none", "NoDevFiles")), len(ids))
+    return ids[:end]  # as CUDA reads it: what follows a device that does not exist is not there either
+
+
 @functools.cache
 def gpus() -> tuple[tuple[str, str, str], ...]:
-    """(name, memory, driver) of every NVIDIA GPU that ``nvidia-smi`` lists."""
-    if not shutil.which("nvidia-smi"):
+    """(name, memory, driver) of every NVIDIA GPU that ``nvidia-smi`` lists and that we may use."""
+    visible = visible_gpus()
+    if not shutil.which("nvidia-smi") or visible == []:
         return ()
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    command += ["-i", ",".join(visible)] if visible else []
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):

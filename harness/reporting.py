@@ -79,7 +79,7 @@ class Reporter:
             environment=self._where(results),
             provenance=self._provenance(results),
             artefacts=tuple(records.Artefact(**output) for output in end.get("outputs", [])),
-            reference=self._reference(run, scored, bool(info.get("simulated"))),
+            reference=self._reference(run, scored.metrics if scored else {}, bool(info.get("simulated"))),
             isolation=_isolation(results),
             precision=records.Precision(dtype=meta.get("precision") or run.precision, attention=meta.get("attention")),
         )
@@ -113,14 +113,20 @@ class Reporter:
         except (ContractError, OSError):
             return None
 
-    def _reference(self, run: PlannedRun, scored: score.Scored | None, simulated: bool) -> records.Reference | None:
+    def is_described(self, run: PlannedRun, record: Record) -> bool:
+        """Whether a record says what ``method.toml`` says now of title, paper, lineage and published value, none of which is in a key."""
+        method = self._method(run)
+        same = (method.title, method.lineage, method.paper) == (record.method.title, record.method.lineage, record.method.paper)
+        return same and record.reference == self._reference(run, record.metrics, record.domain.simulated)
+
+    def _reference(self, run: PlannedRun, metrics: dict[str, records.Metric], simulated: bool) -> records.Reference | None:
         """The published value of this cell. Only a comparable one gets a verdict: does our interval reach it?"""
         published = self._methods[run.method].reference(run.domain, run.config)
         if published is None or simulated:
             return None
         verdict = None
-        if published.comparable and scored:
-            low = [name for name, value in published.metrics.items() if name in scored.metrics and (scored.metrics[name].high or 0) < value]
+        if published.comparable and metrics:
+            low = [name for name, value in published.metrics.items() if name in metrics and (metrics[name].high or 0) < value]
             verdict = f"below: {', '.join(low)}" if low else "reached"
         return records.Reference(
             metrics=published.metrics, source=published.source, comparable=published.comparable, note=published.note, verdict=verdict

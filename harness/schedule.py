@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,7 +70,7 @@ class Activity:
 
 @dataclass(frozen=True)
 class Slot:
-    gpu: int | None = None
+    gpu: int | str | None = None
 
 
 class Scheduler:
@@ -145,7 +145,12 @@ class Scheduler:
             return None  # skipped for a need that is met now, or that the method has no more: needs are not in the fit key
         if record.ok and record.run.score_key != self._reporter.score_key(run):
             return None
+        if record.ok and not self._reporter.is_described(run, record) and self._has_predictions(run):
+            return None  # only where it costs no training
         return record
+
+    def _has_predictions(self, run: PlannedRun) -> bool:
+        return all(finished(stage_folder(self.paths, run.method, stage)) for stage in run.stages)
 
     def _work(self, slot: Slot, observer: Observer, records: dict[str, Record]) -> None:
         waits = 0
@@ -200,6 +205,11 @@ class Scheduler:
         reason = str(error) if isinstance(error, ConfigError | ContractError | OSError) else f"{type(error).__name__}: {error}"
         tail = "".join(traceback.format_exception(error))[-LOG_TAIL:]
         end = {"state": "failed", "reason": clean(f"the harness could not do this run: {reason}", 1000), "log_tail": clean(tail, LOG_TAIL)}
+        try:
+            if record := self.cached(run):
+                return record  # another harness has done it meanwhile
+        except Exception:
+            pass  # the error that is being recorded, most likely
         try:
             return self._write(self._reporter.record(run, [], end))
         except Exception:
@@ -281,11 +291,14 @@ class Scheduler:
         before = {
             name: stage_folder(self.paths, run.method, other).out for name in stage.needs for other in run.stages if other.name == name
         }
+        uses = next(declared.uses for declared in method.config(run.config).stages if declared.name == stage.name)
+        # A shared stage gets what its key names and nothing else: the first of several configurations must not decide for the others.
+        values = run.configuration if uses is None else {name: value for name, value in run.configuration.items() if name in uses}
         job = Job(
             run_id=run.id if stage is run.stages[-1] else f"{run.method}.{stage.name}.{stage.key[:12]}",
             stage=stage.name,
             method=run.method,
-            configuration=run.configuration,
+            configuration=values,
             domains=tuple(DomainRef(name, self.paths.public(name)) for name in stage.domains),
             inputs=before,
             output=folder.out,
@@ -357,9 +370,9 @@ def other_cpu_seconds() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
-def make_slots(plan: Plan, cpus: int, gpus: int, jobs: int | None) -> list[Slot]:
+def make_slots(plan: Plan, cpus: int, gpus: Sequence[int | str], jobs: int | None) -> list[Slot]:
     """One slot a GPU, or as many CPU slots as the runs' threads leave room for; ``jobs`` overrides the number."""
     if plan.runs and plan.runs[0].device == "cuda" and gpus:
-        return [Slot(gpu=index % gpus) for index in range(jobs or gpus)]
+        return [Slot(gpu=gpus[index % len(gpus)]) for index in range(jobs or len(gpus))]
     threads = max((run.budget.threads for run in plan.runs), default=1)
     return [Slot()] * (jobs or max(1, cpus // threads))

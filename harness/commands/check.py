@@ -90,7 +90,7 @@ class Laboratory:
         if run.missing:
             raise NotApplicable(run.missing)
         scheduler = Scheduler(plan, paths, {self._method.name: self._method}, LocalExecutor(paths), self._pythons)
-        record = scheduler.run([Slot(gpu=0 if self.device == "cuda" else None)], _Nobody())[run.id]
+        record = scheduler.run([Slot(gpu=(provenance.visible_gpus() or ["0"])[0] if self.device == "cuda" else None)], _Nobody())[run.id]
         if record.status.state == "skipped":
             raise NotApplicable(record.status.reason)
         if not record.ok:

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from harness import environments
+from harness import environments, provenance
 from harness.commands.display import Display, Observers
 from harness.commands.prepare import Selection, Session, log_of, open_session
 from harness.commands.views import all_fine, make_tables, records_of, say_where
@@ -60,7 +60,7 @@ def run_suite(suite: str, executor_name: str, device: str, jobs: int | None, sel
     unready = {name: str(error) for name, error in without.items()}
     scheduler = Scheduler(plan, session.paths, session.methods, executor, pythons, command, unready)
     tracker = start_tracker(session) if mlflow else None
-    slots = make_slots(plan, executor.environment().cpus, gpu_count(executor), jobs)
+    slots = make_slots(plan, executor.environment().cpus, gpu_ids(executor, executor_name), jobs)
     stopped = stop_on_signals(scheduler, console)
     lost: Exception | None = None
     try:
@@ -112,9 +112,13 @@ def start_tracker(session: Session) -> Any:
     return tracker
 
 
-def gpu_count(executor: Executor) -> int:
+def gpu_ids(executor: Executor, executor_name: str) -> list[int | str]:
+    """The GPUs for runs, as ``CUDA_VISIBLE_DEVICES`` and Docker call them. A worker counts its own from 0."""
     gpu = executor.environment().gpu
-    return int(gpu.split(" x ")[0]) if gpu else 0
+    count = int(gpu.split(" x ")[0]) if gpu else 0
+    visible = provenance.visible_gpus() if executor_name != "worker" else None
+    ids: list[int | str] = [*visible] if visible else [*range(count)]
+    return ids[:count]
 
 
 def stop_on_signals(scheduler: Scheduler, console: Console) -> threading.Event:

@@ -141,7 +141,7 @@ class StageTask:
     python: Path
     lock: int
     """File descriptor of the stage's lock; the supervisor inherits it."""
-    gpu: int | None = None
+    gpu: int | str | None = None
 
 
 class Executor(Protocol):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from harness import score
+from harness import provenance, score
 from harness.environments import pythons
 from harness.execute.local import LocalExecutor
 from harness.execute.stage import StageFolder
@@ -212,10 +212,45 @@ def _lists(value: object) -> list[list]:
 
 def test_slots(paths: Paths) -> None:
     plan = slow_plan(paths)
-    assert len(make_slots(plan, cpus=8, gpus=0, jobs=None)) == 8
-    assert len(make_slots(plan, cpus=8, gpus=0, jobs=3)) == 3
+    assert len(make_slots(plan, cpus=8, gpus=[], jobs=None)) == 8
+    assert len(make_slots(plan, cpus=8, gpus=[], jobs=3)) == 3
     on_gpu = plan.model_copy(update={"runs": tuple(run.model_copy(update={"device": "cuda"}) for run in plan.runs)})
-    assert [slot.gpu for slot in make_slots(on_gpu, cpus=8, gpus=2, jobs=None)] == [0, 1]
+    assert [slot.gpu for slot in make_slots(on_gpu, cpus=8, gpus=[0, 1], jobs=None)] == [0, 1]
+    assert [slot.gpu for slot in make_slots(on_gpu, cpus=8, gpus=["2", "3"], jobs=3)] == ["2", "3", "2"]
+
+
+@pytest.mark.parametrize(
+    ("value", "ids"), [(None, None), ("", []), ("-1", []), ("2,3", ["2", "3"]), ("1,-1,2", ["1"]), ("GPU-ab", ["GPU-ab"])]
+)
+def test_the_callers_choice_of_gpus_is_kept(monkeypatch: pytest.MonkeyPatch, value: str | None, ids: list[str] | None) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert provenance.visible_gpus() == ids
+
+
+def test_a_stage_gets_the_values_that_its_key_names(paths: Paths) -> None:
+    file = paths.methods[0] / "slow" / "method.toml"
+    file.write_text(file.read_text().replace('name = "prepare"', 'name = "prepare"\nuses = []'))
+    plan = slow_plan(paths)
+    lab.carry_out(plan, paths)
+    jobs = [json.loads((stage_folder(paths, "slow", stage).path / "job.json").read_text()) for stage in plan.runs[0].stages]
+    assert [job["configuration"] for job in jobs] == [{}, {"letter": "a"}]
+
+
+def test_a_published_value_added_later_stands_beside_the_old_result(instant: Paths) -> None:
+    """Nothing is trained for it: what a record says of the paper is no part of a key."""
+    before = lab.carry_out(instant_plan(instant, "small"), instant)["default"]
+    file = instant.methods[0] / "instant" / "method.toml"
+    file.write_text(file.read_text() + '\n[reference.small]\nmetrics = {recall_at_10 = 0.9}\nsource = "a paper"\ncomparable = true\n')
+    observer = lab.Silent()
+    after = lab.carry_out(instant_plan(instant, "small"), instant, observer=observer)["default"]
+    assert observer.stages == [] and after.metrics == before.metrics
+    assert before.reference is None and after.reference is not None and after.reference.verdict == "below: recall_at_10"
+    assert lab.carry_out(instant_plan(instant, "small"), instant)["default"] == after
+    file.write_text(file.read_text().replace("a paper", "another paper"))
+    shutil.rmtree(instant.stages)  # with nothing to score, the record stands as it is
+    assert lab.carry_out(instant_plan(instant, "small"), instant, observer=observer)["default"] == after and observer.stages == []
 
 
 def test_every_record_on_disk_is_one_of_the_plan(paths: Paths) -> None:
