@@ -27,7 +27,7 @@ from harness.execute.worker import WorkerExecutor
 from harness.method import load_method
 from harness.paths import PROJECT, Paths
 
-STALE = 6.0
+STALE = 15.0
 """Long enough for a disk that is busy with other things: touching a file can wait for its journal."""
 SECONDS = 60.0
 """Nothing here takes this long; what does has hung."""

@@ -25,7 +25,12 @@ KILLS = 50
 
 def start(root: Path, slots: int = 2) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.faults.drive", str(root), str(slots)]
-    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+    with open(root / "complaints.txt", "ab") as complaints:
+        return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=complaints, start_new_session=True)
+
+
+def said(root: Path) -> str:
+    return (root / "complaints.txt").read_text()[-3000:]
 
 
 def make(root: Path) -> Path:
@@ -72,7 +77,7 @@ def test_kill_the_harness_fifty_times(tmp_path: Path) -> None:
             json.loads(data)
             assert finished.setdefault(path.name, data) == data, f"{path.name}: a finished record changed"
     process = start(killed)
-    assert process.wait(120) == 0, process.stderr.read()
+    assert process.wait(120) == 0, said(killed)
     assert wait_until_nothing_lives(killed) == []
     for name, data in finished.items():
         assert (paths_of(killed).records / name).read_bytes() == data
@@ -87,7 +92,7 @@ def test_two_harnesses_on_one_folder_run_everything_once(tmp_path: Path) -> None
     root = make(tmp_path)
     both = [start(root), start(root)]
     for process in both:
-        assert process.wait(120) == 0, process.stderr.read()
+        assert process.wait(120) == 0, said(root)
     assert set(starts_per_stage(root).values()) == {1}
     assert len(starts_per_stage(root)) == 2 * len(plan_of(root).runs)
     assert wait_until_nothing_lives(root) == []
