@@ -194,7 +194,7 @@ def test_first_run_ends_with_a_table(compose: Compose) -> None:
             assert record["isolation"]["network"] is True
             assert record["provenance"]["git_sha"] == compose.env["GIT_SHA"]
     assert has_table(done.stdout)
-    assert "No GPU is used" in done.stdout
+    assert "NO GPU IS USED" in done.stdout
 
 
 def test_second_run_resumes_and_retrains_nothing(compose: Compose) -> None:
