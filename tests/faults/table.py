@@ -56,8 +56,8 @@ def outcome(record: Record | None) -> str:
         return "not tried"
     if record.method.name == "faulty" or not record.ok:
         return record.status.state
-    found = str(record.behaviour["found"])
-    return f"FINDS {len(found.split('; '))}" if found else "nothing"
+    count = record.behaviour["count"]
+    return f"FINDS {count}" if count else "nothing"
 
 
 def lines(levels: list[str]) -> Iterator[str]:

@@ -23,6 +23,7 @@ def reads_private_by_path(public: Path, output: Path, port: int) -> list[str]:
     with contextlib.suppress(OSError):
         os.link(private / "targets.parquet", output / "stolen")
         found.append("hard link")
+        (output / "stolen").unlink()  # left there, it would be an invalid output, and the find would not be told
     with contextlib.suppress(OSError):
         (output / "link").unlink()
     return found

@@ -14,7 +14,9 @@ def fit(job: Job) -> None:
     lists_UK = np.tile(np.arange(job.k), (domain.n_users, 1))
     write_predictions(job, lists_UK)
     write_predictions(job, lists_UK, valid=True)
-    Meta(timings={"fit": 0.0, "predict": 0.01}, stopped_by="not trained", extra={"found": "; ".join(found)}).write(job)
+    Meta(
+        timings={"fit": 0.0, "predict": 0.01}, stopped_by="not trained", extra={"found": "; ".join(found[:20])[:1000], "count": len(found)}
+    ).write(job)
 
 
 if __name__ == "__main__":
