@@ -16,7 +16,7 @@ from harness.execute.stage import StageFolder
 from harness.method import Method
 from harness.paths import Paths
 from harness.record import Record
-from harness.runspec import PlannedRun
+from harness.runspec import PlannedRun, stage_folder_name
 from harness.suite import read_domain_info
 from harness.values import build
 
@@ -46,7 +46,7 @@ class Reporter:
         state, reason, scored = end["state"], end.get("reason", ""), None
         info = read_domain_info(self._paths, run.domain)
         score_key = self._score_key_or_none(run) if state != "ok" else self.score_key(run)
-        folder = StageFolder(self._paths.stages / run.method / f"{run.stages[-1].name}-{run.stages[-1].key[:16]}")
+        folder = StageFolder(self._paths.stages / run.method / stage_folder_name(run.stages[-1].name, run.stages[-1].key))
         if state == "ok":
             try:
                 public, _ = self._domain(run.domain)

@@ -74,6 +74,11 @@ def run_id(method: str, config: str, domain: str, seed: int, fit_key: str) -> st
     return f"{method}.{config}.{domain}.s{seed}.{fit_key[:12]}"
 
 
+def stage_folder_name(stage: str, key: str) -> str:
+    """The name of a stage's folder below ``stages/METHOD/``."""
+    return f"{stage}-{key[:16]}"
+
+
 def derived_seed(*parts: object) -> int:
     """A 31-bit seed from any parts, the same on every machine: seeds come from hashed axes, never from hyper-parameters."""
     text = "\x1f".join(map(str, parts))

@@ -31,7 +31,7 @@ from harness.method import CONTRACT, Method, contract_hash
 from harness.paths import Paths
 from harness.record import CACHED_STATES, Record, read_record, write_record
 from harness.reporting import Reporter, now, unfinished
-from harness.runspec import Plan, PlannedRun, PlannedStage, derived_seed
+from harness.runspec import Plan, PlannedRun, PlannedStage, derived_seed, stage_folder_name
 from harness.suite import read_domain_info
 from harness.values import ConfigError
 
@@ -344,7 +344,7 @@ class Inputs:
 
 
 def stage_folder(paths: Paths, method: str, stage: PlannedStage) -> StageFolder:
-    return StageFolder(paths.stages / method / f"{stage.name}-{stage.key[:16]}")
+    return StageFolder(paths.stages / method / stage_folder_name(stage.name, stage.key))
 
 
 def finished(folder: StageFolder) -> dict[str, Any] | None:

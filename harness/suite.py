@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from harness.contract import PROTOCOL
-from harness.method import Config, Method, Stage, contract_hash
+from harness.method import Config, Method, contract_hash
 from harness.paths import Paths
 from harness.runspec import Budget, Plan, PlannedRun, PlannedStage, derived_seed, run_id
 from harness.values import ConfigError, Frozen, build, digest, nearest, read_toml
@@ -142,17 +142,13 @@ class KeyMaker:
                     "stage": [stage.name, stage.scope],
                     "configuration": values,
                     "domains": {name: self.info(name)["digest"] for name in domains},
-                    "seed": _stage_seed(seed, stage),
+                    "seed": derived_seed(seed, stage.name),
                     "budget": budget.model_dump(),
                     "inputs": {earlier.name: earlier.key for earlier in planned},
                 }
             )
             planned.append(PlannedStage(name=stage.name, key=key, domains=domains, needs=tuple(s.name for s in planned)))
         return tuple(planned)
-
-
-def _stage_seed(seed: int, stage: Stage) -> int:
-    return derived_seed(seed, stage.name)
 
 
 def make_plan(suite: Suite, paths: Paths, methods: dict[str, Method], environment: dict[str, str], device: str) -> Plan:

@@ -20,7 +20,7 @@ from typing import Any
 from harness import mlflow_server
 from harness.contract import PROGRESS
 from harness.record import Record
-from harness.runspec import Plan, PlannedRun
+from harness.runspec import Plan, PlannedRun, stage_folder_name
 from harness.tracking import view
 from harness.tracking.curves import Curve, Point
 from harness.tracking.groups import groups
@@ -179,10 +179,6 @@ def _with_chart(wanted: view.RunView, plan: Plan, records: Mapping[str, Record],
 
 
 # --------------------------------------------------------------------------------------------- curves, logs, sessions
-
-
-def stage_folder_name(stage: str, key: str) -> str:
-    return f"{stage}-{key[:16]}"
 
 
 def kept_progress(results: Path, run: PlannedRun, record: Record) -> dict[str, Path]:
