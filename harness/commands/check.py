@@ -205,12 +205,13 @@ def _need(first: list[Trial]) -> Trial:
 def check_imports(method: Method, project: Path) -> str:
     """Only ``harness.contract`` and declared ``sources`` of this project may be imported. Raises CheckFailed."""
     declared = {source.removesuffix(".py").replace("/", ".") for source in method.file.sources}
-    rooms = {path.name for path in project.iterdir() if path.is_dir() and (path / "__init__.py").exists()} | {"baselines", "tests"}
+    own = {".".join(method.folder.relative_to(project).parts)} if method.folder.is_relative_to(project) else set()
+    rooms = {"harness", "utgrec", "baselines", "tests"}
     for path in (
         p for root in method.source_folders(project) for p in (list_files(root) if root.is_dir() else [root]) if p.suffix == ".py"
     ):
         for line, module in _imports(path):
-            inside = any(module == name or module.startswith(f"{name}.") for name in declared)
+            inside = any(module == name or module.startswith(f"{name}.") for name in declared | own)
             if module.split(".")[0] in rooms and module != "harness.contract" and not inside:
                 mend = (
                     "only harness.contract is for methods"

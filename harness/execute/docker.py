@@ -4,7 +4,7 @@ In: a ``StageTask``. Out: the supervisor's outcome. The image gives the environm
 mounted from this checkout, so that what runs is what the fit key names. The container has no network, a read-only root, no
 capabilities, and sees of the host the public parts of its domains, its inputs, and its own folders:
 
-    /app/harness  /app/METHOD or /methods/METHOD  /contract  /job.json  /spec.json  /domains/*  /inputs/*     read-only
+    /app/harness  /app/METHOD or /methods/METHOD  /imports  /job.json  /spec.json  /domains/*  /inputs/*     read-only
     /out  /cache  /scratch  /checkpoint                                                                 the method's
     /desk (status)  /log.txt                                       the supervisor's, out of the method's reach by Landlock
 
@@ -34,7 +34,7 @@ from harness import contract, provenance
 from harness.contract import DomainRef, InvalidOutput, write_json
 from harness.execute.handover import broken, checked_outcome
 from harness.execute.local import BOOT, interrupted, make_spec
-from harness.execute.stage import StageFolder, StageTask, huggingface_home, remove_tree, stage_contract
+from harness.execute.stage import StageFolder, StageTask, huggingface_home, remove_tree, stage_imports
 from harness.method import Method
 from harness.paths import PROJECT, Paths
 from harness.record import Environment
@@ -76,7 +76,6 @@ class DockerExecutor:
     def __init__(self, paths: Paths, image: str | None = None):
         self._paths = paths
         self._name = image or os.environ.get("HARNESS_IMAGE") or f"{LABEL}:{'cuda' if provenance.gpus() else 'cpu'}"
-        self._contract = stage_contract(paths.results / "contract")
         self._stopped = threading.Event()
         with self._api() as api:
             self._image = self._find_image(api)
@@ -194,8 +193,9 @@ class DockerExecutor:
         return outcome
 
     def _prepare(self, task: StageTask, desk: Path) -> dict[str, tuple[Path, bool]]:
-        """Write job and spec with the container's paths. Returns the mounts: target -> (source, writable)."""
-        mounts: dict[str, tuple[Path, bool]] = {"/app/harness": (PROJECT / "harness", False), "/contract": (self._contract, False)}
+        """Write job, imports and spec with the container's paths. Returns the mounts: target -> (source, writable)."""
+        stage_imports(task.folder.imports, task.method, self._paths.project)
+        mounts: dict[str, tuple[Path, bool]] = {"/app/harness": (PROJECT / "harness", False), "/imports": (task.folder.imports, False)}
         for source in task.method.source_folders(self._paths.project):
             mounts[str(self._inside(source, task.method))] = (source, False)
         for domain in task.job.domains:
@@ -223,7 +223,7 @@ class DockerExecutor:
             python=self._python(task.method),
             gpu=None if task.gpu is None else 0,  # the container sees one GPU only
         )
-        spec = make_spec(there, dataclasses.replace(self._paths, project=APP), Path("/contract"), set(self._about["prefixes"]))
+        spec = make_spec(there, dataclasses.replace(self._paths, project=APP), set(self._about["prefixes"]))
         spec["status"] = "/desk/status.json"
         spec["env"].pop("LD_LIBRARY_PATH", None)  # that of this machine
         spec["env"] |= {"LD_LIBRARY_PATH": self._variables["LD_LIBRARY_PATH"]} if "LD_LIBRARY_PATH" in self._variables else {}

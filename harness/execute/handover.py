@@ -3,7 +3,7 @@
     JOBS/
         worker.json  worker.lock            the worker: its environment; the file's mtime is its heartbeat
         tasks/TASK/                         one stage to run; made as .new-TASK and renamed when complete
-            job.json spec.json contract/ inputs/        from the conductor
+            job.json spec.json imports/ inputs/        from the conductor
             alive (heartbeat)  cancel  done             from the conductor
             started  log.txt  status.json               from the worker: status.json says that all is over
             out/ scratch/                               the method's

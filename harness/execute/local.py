@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import isolation, provenance
 from harness.contract import write_json
-from harness.execute.stage import StageTask, huggingface_home, method_environment, stage_contract
+from harness.execute.stage import StageTask, huggingface_home, method_environment, stage_imports
 from harness.paths import PROJECT, Paths
 from harness.record import Environment
 
@@ -27,7 +27,6 @@ BOOT = "import sys; sys.path.insert(0, sys.argv.pop(1)); from harness.supervise 
 class LocalExecutor:
     def __init__(self, paths: Paths):
         self._paths = paths
-        self._contract = stage_contract(paths.results / "contract")
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
@@ -38,7 +37,7 @@ class LocalExecutor:
 
     def run(self, task: StageTask) -> dict[str, Any]:
         folder = task.folder
-        spec_path = write_spec(task, self._paths, self._contract)
+        spec_path = write_spec(task, self._paths)
         with self._lock:
             if self._stopped:
                 return interrupted()
@@ -73,29 +72,30 @@ def close_lifeline(process: subprocess.Popen[bytes]) -> None:
             process.stdin.close()
 
 
-def write_spec(task: StageTask, paths: Paths, contract: Path) -> Path:
-    """Write ``job.json`` and the supervisor's ``spec.json`` and return the latter's path."""
+def write_spec(task: StageTask, paths: Paths) -> Path:
+    """Write ``job.json``, what the method imports, and the supervisor's ``spec.json``; return the latter's path."""
     task.job.cache.mkdir(parents=True, exist_ok=True)
     task.job.write(task.folder.path / "job.json")
+    stage_imports(task.folder.imports, task.method, paths.project)
     spec_path = task.folder.path / "spec.json"
-    write_json(spec_path, make_spec(task, paths, contract, environment_prefixes(task.python)))
+    write_json(spec_path, make_spec(task, paths, environment_prefixes(task.python)))
     return spec_path
 
 
-def make_spec(task: StageTask, paths: Paths, contract: Path, prefixes: set[str]) -> dict[str, Any]:
-    """What the supervisor is told. All paths are those of the place where it runs, so the task, the project's folder,
-    the contract and the prefixes of the Python environment must be given as they are called there."""
+def make_spec(task: StageTask, paths: Paths, prefixes: set[str]) -> dict[str, Any]:
+    """What the supervisor is told. All paths are those of the place where it runs, so the task, the project's folder
+    and the prefixes of the Python environment must be given as they are called there."""
     job, folder = task.job, task.folder
     job_path = folder.path / "job.json"
-    read = [str(p) for p in (*task.method.source_folders(paths.project), contract, job_path, huggingface_home(), *job.inputs.values())]
-    read += [str(domain.path) for domain in job.domains]
+    read = [*task.method.source_folders(paths.project), folder.imports, job_path, huggingface_home(), *job.inputs.values()]
+    read += [domain.path for domain in job.domains]
     return {
         "argv": [str(task.python), str(task.method.program), str(job_path)],
-        "env": method_environment(task, str(contract)),
+        "env": method_environment(task, str(folder.imports)),
         "cwd": str(job.scratch),
         "log": str(folder.log),
         "status": str(folder.path / "status.json"),
-        "read": [*sorted({*prefixes, str(task.python.parent.parent)}), *read],
+        "read": [*sorted({*prefixes, str(task.python.parent.parent)}), *map(str, read)],
         "write": [str(p) for p in (job.output, job.cache, job.scratch, job.checkpoint)],
         "hidden": [str(p) for p in (paths.data, paths.results, paths.project)],
         "deadline": job.budget.deadline,

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from harness.contract import PROGRESS, Job, write_json
-from harness.method import Method
+from harness.method import Method, list_files
+from harness.paths import PROJECT
 from harness.record import Environment
 
 
@@ -44,6 +45,10 @@ class StageFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
+
+    @property
+    def imports(self) -> Path:
+        return self.path / "imports"
 
     @property
     def log(self) -> Path:
@@ -82,6 +87,7 @@ class StageFolder:
         progress, kept = self.out / PROGRESS, self.path / f"{PROGRESS}.kept"
         if any(self.checkpoint.iterdir()) and progress.is_file() and not progress.is_symlink():
             os.replace(progress, kept)  # the method goes on from its checkpoint, and so does its curve
+        remove_tree(self.imports)
         for folder in (self.out, self.scratch):
             remove_tree(folder)
             folder.mkdir(parents=True)
@@ -92,7 +98,8 @@ class StageFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Seal the stage: outputs read-only, scratch gone; the checkpoint goes with success."""
-        remove_tree(self.scratch)
+        for folder in (self.scratch, self.imports):
+            remove_tree(folder)
         done = result["state"] in ("ok", "skipped")
         if done:
             with contextlib.suppress(RecursionError):  # a skipped stage's folder has not been looked at: it can be of any depth
@@ -160,14 +167,14 @@ class Executor(Protocol):
         """End all running stages; they come back as interrupted."""
 
 
-def method_environment(task: StageTask, contract: str) -> dict[str, str]:
+def method_environment(task: StageTask, imports: str) -> dict[str, str]:
     """The environment of the method's process: small, the same everywhere, nothing of the caller's."""
     job = task.job
     threads = str(job.budget.threads)
     scratch = str(job.scratch)
     environment = {
         "PATH": os.pathsep.join([str(task.python.parent), "/usr/local/bin", "/usr/bin", "/bin", "/usr/local/cuda/bin"]),
-        "PYTHONPATH": contract,
+        "PYTHONPATH": imports,
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -203,16 +210,18 @@ def huggingface_home() -> Path:
     return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
 
 
-def stage_contract(folder: Path) -> Path:
-    """A package ``harness`` that holds the contract and nothing else: what a method's PYTHONPATH points to."""
-    source = Path(__file__).resolve().parents[1]
-    package = folder / "harness"
-    for name in ("__init__.py", "contract.py"):
-        data = (source / name).read_bytes()
-        target = package / name
-        if not target.exists() or target.read_bytes() != data:
-            package.mkdir(parents=True, exist_ok=True)
-            temporary = package / f".{name}.{os.getpid()}"
-            temporary.write_bytes(data)
-            temporary.replace(target)
+def stage_imports(folder: Path, method: Method, project: Path) -> Path:
+    """What a method can import from this project, in one folder: its PYTHONPATH. Returns ``folder``.
+
+    Copies, because a Python under Landlock finds no package in a folder that it may not list: ``harness`` with the contract and nothing
+    else, the declared ``sources``, and the method's own folder under its name in the project (``baselines.tiger``).
+    """
+    files = [(PROJECT, PROJECT / "harness" / name) for name in ("__init__.py", "contract.py")]
+    for root in method.source_folders(project):
+        if root.is_relative_to(project):
+            files += [(project, path) for path in (list_files(root) if root.is_dir() else [root])]
+    for base, source in files:
+        target = folder / source.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
     return folder

@@ -45,7 +45,7 @@ from harness.execute.handover import (
 )
 from harness.execute.local import environment_prefixes, interrupted, make_spec
 from harness.execute.service import serve
-from harness.execute.stage import StageFolder, StageTask, stage_contract
+from harness.execute.stage import StageFolder, StageTask, stage_imports
 from harness.method import find_methods
 from harness.paths import Paths
 from harness.record import CACHED_STATES, Environment
@@ -172,14 +172,14 @@ class WorkerExecutor:
             scratch=place / "scratch",
             checkpoint=self._volume.checkpoints / task.job.method / task.folder.path.name,
         )
-        stage_contract(building / "contract")
+        stage_imports(StageFolder(building).imports, task.method, self._paths.project)
         (building / "inputs").mkdir()
         for name, source in task.job.inputs.items():
             with Pinned(source) as folder:
                 TreeCopy(most=1 << 62).copy(folder, building / "inputs" / name)
         job.write(building / "job.json")
         there = dataclasses.replace(task, folder=StageFolder(place), job=job)
-        spec = make_spec(there, self._paths, place / "contract", environment_prefixes(task.python))
+        spec = make_spec(there, self._paths, environment_prefixes(task.python))
         write_json(building / "spec.json", spec)
 
     def _follow(self, task: StageTask, folder: Pinned) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.execute.stage import stage_contract
+from harness.execute.stage import stage_imports
+from harness.method import load_method
 from harness.paths import PROJECT
 from harness.schedule import stage_folder
 from harness.suite import Entry
@@ -61,7 +62,8 @@ def start_by_hand(paths: Any, plan: Any) -> float:
         (paths.results / "alone" / name).mkdir(parents=True, exist_ok=True)
     alone = paths.results / "alone" / "job.json"
     alone.write_text(job.replace(str(folder.out), str(alone.parent / "out")).replace(str(folder.scratch), str(alone.parent / "scratch")))
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(stage_contract(paths.results / "contract")), "OMP_NUM_THREADS": "1"}
+    imports = stage_imports(paths.results / "imports", load_method(paths.methods[0] / "instant", paths.project), paths.project)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(imports), "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     subprocess.run([sys.executable, str(paths.methods[0] / "instant" / "run.py"), str(alone)], env=environment, check=True)
     return time.perf_counter() - began
