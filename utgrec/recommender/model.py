@@ -23,6 +23,9 @@ from torch import nn
 PAD = 0
 """Padding, and what the decoder starts from, as in T5."""
 
+Layout = tuple[tuple[int, int], ...]
+"""How packed rows lie: (rows, tokens of each) group after group."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -207,8 +210,12 @@ class T5(nn.Module):
         x_BLD = self.dropped(self.decoder_norm(x_BLD))
         return F.linear(x_BLD * self.shape.d_model**-0.5, self.tokens.weight)
 
-    def forward(self, tokens_BS: torch.Tensor, codes_BL: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy over all codes and the whole vocabulary: a label a code position."""
+    def forward(self, tokens: torch.Tensor, codes_BL: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+        """Mean cross-entropy over all codes and the whole vocabulary: a label a code position.
+
+        ``tokens`` are padded [B, S], or packed [N] with their ``layout`` (data.Batch): ``model(*batch)``.
+        """
+        tokens_BS = tokens if layout is None else padded(tokens, layout)
         return F.cross_entropy(self.logits(tokens_BS, codes_BL).flatten(0, 1).float(), codes_BL.flatten())
 
 
@@ -216,6 +223,12 @@ def padding_mask(tokens_BS: torch.Tensor) -> torch.Tensor:
     """[B, 1, 1, S]: 0, and -inf at padding."""
     mask_BS = torch.zeros(tokens_BS.shape, device=tokens_BS.device)
     return mask_BS.masked_fill_(tokens_BS == PAD, -torch.inf)[:, None, None]
+
+
+def padded(tokens_N: torch.Tensor, layout: Layout) -> torch.Tensor:
+    longest = max(length for _, length in layout)
+    groups = tokens_N.split([rows * length for rows, length in layout])
+    return torch.cat([F.pad(group.view(shape), (0, longest - shape[1])) for group, shape in zip(groups, layout, strict=True)])
 
 
 # --------------------------------------------------------------------------------------------- weights of Hugging Face
