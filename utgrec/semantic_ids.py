@@ -7,7 +7,7 @@ Two items with equal codes collide: a recommender that writes codes cannot tell 
 between methods and changes length and vocabulary, so each way is a strategy with the same face, ``repair(raw) -> ids``:
 
 - ``ExtraDigit`` (TIGER, section 3.1): one position more, the number of the item among those with its tuple;
-- ``NearestLast`` (UTGRec, section 3.1.2): another code in the last position, the nearest that is free;
+- ``NearestLast`` (UTGRec, arXiv 2504.04405): another code in the last position, the nearest that is free;
 - ``Keep``: none; items share a tuple, and decoding orders them by a seeded hash.
 
 The report says how many items collided before and after, and how many each rule moved. It belongs into ``Meta.extra``.
@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -168,7 +167,7 @@ class SemanticIds:
                 head, codes_IL = json.loads(archive["head"].tobytes()), archive["codes"]
         except FileNotFoundError:
             raise IdsError(f"{path}: there are no semantic ids; run the stage that makes them") from None
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged archive raises many kinds
             raise IdsError(f"{path}: not a whole file of semantic ids ({type(error).__name__}: {error}); {mend}") from error
         if not isinstance(head, dict) or head.get("schema") != SCHEMA:
             found = head.get("schema") if isinstance(head, dict) else None
@@ -232,17 +231,24 @@ class Keep:
 class ExtraDigit:
     """TIGER, section 3.1: one position more. The items of a tuple are numbered 0, 1, ... by item number.
 
-    The new position has a book of its own, as wide as the largest group; ``width`` makes it wider (TIGER: 256).
+    The new position has a book of its own, as wide as the largest group, at least ``at_least`` (the paper: 256). Ids of
+    which more than ``at_most`` items share one are refused: they say next to nothing of an item.
     """
 
-    width: int = 1
+    at_least: int = 1
+    at_most: int = 4096
 
     def repair(self, raw: SemanticIds) -> SemanticIds:
+        if (largest := raw.collisions.largest) > self.at_most:
+            raise IdsError(
+                f"ids that collide beyond repair: {largest:,} of {raw.n_items:,} items share one tuple, an extra digit of at most "
+                f"{self.at_most:,} cannot tell them apart; the quantiser has collapsed, train it longer or give it more codes"
+            )
         key_I = packed(raw.codes_IL, raw.widths)
         order_I = np.argsort(key_I, kind="stable")
         digit_I = np.empty(raw.n_items, np.int32)
         digit_I[order_I] = _place_in_run(key_I[order_I])
-        width = max(self.width, int(digit_I.max()) + 1)
+        width = max(self.at_least, largest)
         codes_IL = np.column_stack([raw.codes_IL, digit_I])
         ids = SemanticIds(codes_IL, (*raw.widths, width), (*raw.books, max(raw.books) + 1))
         moved = {"items_moved": int((digit_I > 0).sum()), "extra_digit_width": width}
@@ -251,7 +257,7 @@ class ExtraDigit:
 
 @dataclass(frozen=True)
 class NearestLast:
-    """UTGRec, section 3.1.2: an item whose tuple is taken gets its k-th nearest last code; the length stays.
+    """UTGRec: an item whose tuple is taken gets its k-th nearest last code; the length stays.
 
     In round k every item without a place asks for its k-th nearest code (k = 1: its own), and of those that ask for a
     free tuple the nearest gets it, the smaller item number on ties. This is the released procedure in closed form,

@@ -14,12 +14,13 @@ Each level holds its edges as CSR (``first``, ``count``, ``codes``), and where t
 form                    one step for B x K states                             bytes
 ======================  ====================================================  ===========================
 dense [nodes, width]    one gather                                            4 x nodes x width a level
-CSR                     one gather of fan-out entries; a binary search if     8 x nodes + 8 x children
+CSR                     a gather of fan-out entries; a binary search where    8 x nodes + 8 x children
                         the code is given                                     a level
 ======================  ====================================================  ===========================
 
-Measured (``Trie.bytes``), random ids of 4 x 256 codes: 12,000 items take 0.4 MB as CSR and 24 MB as dense tables;
-1,000,000 items take 33 MB as CSR, 67 MB dense for the first three levels, and would take 1.0 GB for the fourth.
+Memory (``Trie.bytes``; a test holds these figures), random ids of 4 x 256 codes: 12,000 items take 0.5 MB as CSR, 24 MB as
+dense tables and 0.1 MB from leaf to item; 1,000,000 items 25 MB, 67 MB (three levels; the fourth alone would take 1 GB)
+and 12 MB. The largest fan-out of the four levels is 256, 59, 4, 2 there and 256, 256, 34, 4 here.
 
 Items that share a tuple share a leaf. They are ordered by a seeded hash of the item number, so that neither the number
 nor the file decides which one comes first (design: rules of measurement).
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utgrec.semantic_ids import SemanticIds
+from utgrec.semantic_ids import SemanticIds, packed
 
 DENSE_BYTES = 64 << 20
 """A level gets a dense table if that takes at most this: 65,536 nodes x 256 codes, the third level of 4 x 256 codes."""
@@ -88,7 +89,7 @@ class Trie:
     @classmethod
     def of(cls, ids: SemanticIds, device: torch.device | str = "cpu", *, seed: int = 0, dense_bytes: int = DENSE_BYTES) -> Trie:
         """Build the trie of these ids. ``seed`` orders items that share a leaf; levels above ``dense_bytes`` stay CSR only."""
-        order_I, new_IL = _sort(ids.codes_IL, ids.widths, _hash(np.arange(ids.n_items), seed))
+        order_I, new_IL = _sort(ids, seed)
         node_I, levels = np.zeros(ids.n_items, np.int64), []  # of the sorted items; the root is node 0
         n_nodes = 1
         for position, (width, offset) in enumerate(zip(ids.widths, ids.offset_L, strict=True)):
@@ -173,6 +174,8 @@ class Trie:
         """The child of each state for one code each: [...] -> [...] int32, -1 if no item goes on so or the code is none."""
         edges = self.levels[level]
         known = (state >= 0) & (code >= 0) & (code < edges.width)
+        if edges.dense_NW is not None:
+            return edges.dense_NW[torch.where(known, state, -1), torch.where(known, code, 0)]
         key = torch.where(known, state.long() * edges.width + code, -1).to(edges.keys_C.dtype)
         node = torch.searchsorted(edges.keys_C, key.contiguous()).clamp(max=edges.n_children - 1)
         return torch.where(edges.keys_C[node] == key, node, -1).int()
@@ -197,6 +200,22 @@ class Trie:
         rank = torch.arange(self.max_items, device=first.device, dtype=torch.int32)
         return self.items_I[torch.where(rank < count, first + rank, -1)]
 
+    def ranked(self, leaf_BK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Beams, best first, as ranked items: [B, K] -> items [B, k], and the beam each slot comes from [B, k].
+
+        A leaf fills as many slots as it has items, a dead beam one with item -1. Slots after the last beam: item -1, beam -1.
+        """
+        beams, slot_k = leaf_BK.shape[1], torch.arange(k, device=leaf_BK.device)
+        end_BK = self.item_count_N[leaf_BK].clamp(min=1).cumsum(1)
+        beam_Bk = torch.searchsorted(end_BK, slot_k.expand(len(leaf_BK), k).contiguous(), right=True)
+        last_Bk = beam_Bk.clamp(max=beams - 1)
+        leaf_Bk = leaf_BK.gather(1, last_Bk)
+        back_Bk = end_BK.gather(1, last_Bk) - slot_k  # 1 for the last slot of a beam, its number of items for the first
+        index_Bk = self.item_first_N[leaf_Bk] + self.item_count_N[leaf_Bk] - back_Bk
+        spent_Bk = beam_Bk >= beams
+        items_Bk = self.items_I[torch.where(spent_Bk | (leaf_Bk < 0), -1, index_Bk)]
+        return items_Bk, torch.where(spent_Bk, -1, beam_Bk)
+
 
 def _level(parent_C: np.ndarray, codes_C: np.ndarray, n_nodes: int, width: int, offset: int, dense_bytes: int) -> Level:
     """One level from the parent and the code of every child, both in order."""
@@ -219,23 +238,32 @@ def _level(parent_C: np.ndarray, codes_C: np.ndarray, n_nodes: int, width: int, 
     )
 
 
-def _sort(codes_IL: np.ndarray, widths: tuple[int, ...], hash_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Items in lexicographic order of their codes (ties by the hash), and where a new prefix of 1..L codes begins."""
-    columns = [codes_IL[:, position] for position in reversed(range(codes_IL.shape[1]))]
-    order_I = np.lexsort([hash_I, *columns])
-    sorted_IL = codes_IL[order_I]
+def _sort(ids: SemanticIds, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Items in lexicographic order of their codes, equal ones by the hash, and where a new prefix of 1..L codes begins."""
+    key_I = packed(ids.codes_IL, ids.widths)
+    order_I = np.argsort(key_I, kind="stable")
+    same_I = np.zeros(ids.n_items, bool)  # as the one before; equal tuples are few, so they are ordered apart
+    same_I[1:] = (sorted_I := key_I[order_I])[1:] == sorted_I[:-1]
+    tied_I = same_I | np.append(same_I[1:], False)
+    tied = order_I[tied_I]
+    order_I[tied_I] = tied[np.lexsort((hashed(tied, seed), key_I[tied]))]
+    codes_IL = ids.codes_IL[order_I]
     new_IL = np.ones(codes_IL.shape, bool)
-    new_IL[1:] = np.logical_or.accumulate(sorted_IL[1:] != sorted_IL[:-1], axis=1)
+    new_IL[1:] = np.logical_or.accumulate(codes_IL[1:] != codes_IL[:-1], axis=1)
     return order_I, new_IL
 
 
-def _hash(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded hash of whole numbers, alike on every machine (the finaliser of SplitMix64)."""
-    with np.errstate(over="ignore"):
-        x = numbers.astype(np.uint64) + np.uint64(seed % 2**32 + 1) * np.uint64(0x9E3779B97F4A7C15)
+def hashed(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded hash of item numbers as uint64, alike on every machine (two rounds of the finaliser of SplitMix64)."""
+
+    def mixed(x: np.ndarray) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return x ^ (x >> np.uint64(31))
+
+    step = np.uint64(0x9E3779B97F4A7C15)
+    start = mixed(np.array([seed % 2**64], np.uint64) + step)
+    return mixed((numbers.astype(np.uint64) + np.uint64(1)) * step + start)
 
 
 def _int32(array: np.ndarray) -> Tensor:
