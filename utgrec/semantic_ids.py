@@ -438,7 +438,7 @@ def _read_codes(domain: Domain, column: str) -> np.ndarray:
             + (f"columns with ids: {', '.join(there)}" if there else "it brings no ids (no codes_* column): make them with a tokenizer")
         )
     lists = table[column].combine_chunks()
-    if not pa.types.is_list(lists.type) or not pa.types.is_integer(lists.type.value_type):
+    if not isinstance(lists, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray) or not pa.types.is_integer(lists.type.value_type):
         raise IdsError(f"{path}: column {column!r} is {lists.type}; ids are lists of whole numbers")
     if len(lists) != domain.n_items or not len(lists):
         raise IdsError(f"{path}: {len(lists)} rows for {domain.n_items} items; without items there are no ids, else prepare it again")
