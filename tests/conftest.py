@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.web_server import web_server
+
+__all__ = ["shared_data", "web_server"]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
