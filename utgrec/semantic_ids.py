@@ -344,20 +344,25 @@ class NearestLast:
 
 def _ask(distance_QW: np.ndarray, own_Q: np.ndarray, prefix_Q: np.ndarray, free_PW: np.ndarray) -> np.ndarray:
     """Round after round: the code that each item gets below its prefix, or -1. ``free_PW`` counts free tuples, down to 0."""
-    rank_QW = _ranks(distance_QW, own_Q)
+    rank_QW = np.empty(distance_QW.shape, np.int32)
+    rank_QW[:, 0] = own_Q
     free_P, code_Q, asking = free_PW.sum(1), np.full(len(own_Q), -1), np.arange(len(own_Q))
     for k in range(free_PW.shape[1]):
         asking = asking[free_P[prefix_Q[asking]] > 0]
         if not len(asking):
             break
-        prefix, wish = prefix_Q[asking], rank_QW[asking, k]
-        order = np.lexsort((distance_QW[asking, wish], wish, prefix))  # stable: ties stay in the order of the items
-        asking, prefix, wish = asking[order], prefix[order], wish[order]
-        gets = _place_in_run(prefix * free_PW.shape[1] + wish) < free_PW[prefix, wish]
-        code_Q[asking[gets]] = wish[gets]
-        np.subtract.at(free_PW, (prefix[gets], wish[gets]), 1)
-        np.subtract.at(free_P, prefix[gets], 1)
-        asking = np.sort(asking[~gets])
+        if k == 1:  # only now: whoever got its own code needs no order of the others
+            rank_QW[asking] = _ranks(distance_QW[asking], own_Q[asking])
+        open_Q = free_PW[prefix_Q[asking], rank_QW[asking, k]] > 0
+        item = asking[open_Q]  # those whose wish has room; of the others nobody can win
+        prefix, wish = prefix_Q[item], rank_QW[item, k]
+        order = np.lexsort((distance_QW[item, wish], wish, prefix))  # stable: ties stay in the order of the items
+        item, prefix, wish = item[order], prefix[order], wish[order]
+        wins = _place_in_run(prefix * free_PW.shape[1] + wish) < free_PW[prefix, wish]
+        code_Q[item[wins]] = wish[wins]
+        np.subtract.at(free_PW, (prefix[wins], wish[wins]), 1)
+        np.subtract.at(free_P, prefix[wins], 1)
+        asking = asking[code_Q[asking] < 0]
     return code_Q
 
 
