@@ -12,6 +12,8 @@ between methods and changes length and vocabulary, so each way is a strategy wit
 
 The report says how many items collided before and after, and how many each rule moved. It belongs into ``Meta.extra``.
 
+One file, longer than most: ids and their repair are one source that every generative method names in its method.toml.
+
 Shapes: I items, L codes an item, W codes of a position, D dimensions, P prefixes, Q items looked at together.
 """
 
