@@ -29,8 +29,8 @@ from utgrec.recommender.processes import Processes
 from utgrec.recommender.settings import Settings
 from utgrec.recommender.trie import Trie
 
-LOG_SECONDS = 5.0
-"""Inside long epochs the curve gets a point this often."""
+LOG_STEPS = 100
+"""Inside a long epoch the curve gets a point after so many steps, or after a tenth of the epoch if that is more."""
 
 
 class Training:
@@ -49,7 +49,6 @@ class Training:
         self.step, self.validated, self.spent = 0, 0, 0.0
         self.best: dict[str, torch.Tensor] | None = None
         self.loss, self.loss_steps = torch.zeros((), device=processes.device), 0  # summed since the last point of the curve
-        self.logged = time.monotonic()
         self.stopping = Stopping(job)
         self.checkpoint = Checkpoint(job.checkpoint, self.identity())
         self.same_everywhere(self.checkpoint.identity)
@@ -64,7 +63,7 @@ class Training:
             self.train_step()
             if self.step % (epoch * self.settings.eval_every) == 0:
                 self.validate()
-            elif self.step % epoch == 0 or time.monotonic() > self.logged + LOG_SECONDS:
+            elif self.step % epoch == 0 or self.step % epoch % max(LOG_STEPS, epoch // 10) == 0:
                 self.log()
             self.spent = before + time.monotonic() - started
             if self.processes.first and self.checkpoint.due:
@@ -74,6 +73,7 @@ class Training:
         self.spent = before + time.monotonic() - started
         if self.best is not None:
             self.model.load_state_dict(self.best)
+        self.model.eval()
         return Meta(
             timings={"fit": self.spent},
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -143,17 +143,17 @@ class Training:
 
     def log(self, **metrics: float) -> None:
         """A point of the curve: mean loss since the last one, learning rate, and what validation says."""
-        loss = float(self.loss) / self.loss_steps
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: training has diverged; lower learning_rate ({self.settings.learning_rate}), "
-                "or raise warmup_steps"
-            )
-        self.loss, self.loss_steps, self.logged = torch.zeros_like(self.loss), 0, time.monotonic()
-        epoch = self.step / self.mixture.steps_per_epoch
-        rate = self.optimizer.param_groups[0]["lr"]
+        metrics["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        if self.loss_steps:
+            metrics["loss"] = loss = float(self.loss) / self.loss_steps
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {self.step}: training has diverged; lower learning_rate "
+                    f"({self.settings.learning_rate}) or raise warmup_steps ({self.settings.warmup_steps})"
+                )
+            self.loss, self.loss_steps = torch.zeros_like(self.loss), 0
         if self.progress:
-            self.progress.log(self.step, of=self.total, epoch=epoch, loss=loss, learning_rate=rate, **metrics)
+            self.progress.log(self.step, of=self.total, epoch=self.step / self.mixture.steps_per_epoch, **metrics)
 
     # --------------------------------------------------------------------------------------------------- checkpoint
 
