@@ -8,7 +8,12 @@ and ``to_hugging_face`` carry them across.
 
 In: token numbers of a history. Out: the loss of the L codes of the next item, or the logits.
 
-Legend: B batch, S encoder tokens, L codes an item (decoder tokens), V vocabulary, D width, H heads, E head width, F inner width.
+The rows of a batch lie packed, one after the other, in groups of equal length (``Layout``): on real histories more than half
+of a padded batch is padding. Each part says below what it computes in plain torch, which GPUs and ``torch.compile`` use; on
+CPU fused.py computes the same with less beside the matrix products.
+
+Legend: B batch, S encoder tokens, N tokens of all rows, L codes an item (decoder tokens), Q = L * H, V vocabulary, D width,
+H heads, E head width, F inner width.
 """
 
 from __future__ import annotations
@@ -18,13 +23,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from utgrec.recommender import fused
+from utgrec.recommender.fused import Layout
 
 PAD = 0
 """Padding, and what the decoder starts from, as in T5."""
-
-Layout = tuple[tuple[int, int], ...]
-"""How packed rows lie: (rows, tokens of each) group after group."""
 
 
 @dataclass(frozen=True)
@@ -57,60 +62,132 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.epsilon = nn.Parameter(torch.ones(width)), epsilon
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, self.epsilon).to(x.dtype)
 
 
-class FeedForward(nn.Module):
+def written_out(x: Tensor) -> bool:
+    """Whether fused.py does the work."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+class Part(nn.Module):
+    """What the parts of a layer have in common: x + dropout(something of norm(x))."""
+
     def __init__(self, shape: Shape):
         super().__init__()
-        self.norm = RMSNorm(shape.d_model, shape.epsilon)
+        self.shape, self.norm = shape, RMSNorm(shape.d_model, shape.epsilon)
+
+    @property
+    def dropout(self) -> float:
+        return self.shape.dropout if self.training else 0.0
+
+    def dropped(self, x: Tensor) -> Tensor:
+        return dropped(x, self.dropout)
+
+    def how(self, x: Tensor) -> fused.How:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return fused.How(self.dropout, self.shape.epsilon, dtype, torch.is_grad_enabled())
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    return fused.Dropout.apply(x, p) if p and written_out(x) else F.dropout(x, p)
+
+
+class FeedForward(Part):
+    def __init__(self, shape: Shape):
+        super().__init__(shape)
         self.wi = nn.Linear(shape.d_model, shape.d_ff, bias=False)
         self.wo = nn.Linear(shape.d_ff, shape.d_model, bias=False)
-        self.dropout = shape.dropout
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = F.dropout(F.relu(self.wi(self.norm(x))), self.dropout, self.training)
-        return x + F.dropout(self.wo(inner), self.dropout, self.training)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        if written_out(x_ND):
+            return fused.FeedForward.apply(x_ND, self.norm.weight, self.wi.weight, self.wo.weight, self.how(x_ND))
+        return x_ND + self.dropped(self.wo(self.dropped(F.relu(self.wi(self.norm(x_ND))))))
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Part):
+    """T5 divides by no sqrt(E): it has that factor in its initial weights."""
+
     def __init__(self, shape: Shape):
-        super().__init__()
-        self.norm = RMSNorm(shape.d_model, shape.epsilon)
+        super().__init__(shape)
         self.qkv = nn.Linear(shape.d_model, 3 * shape.inner, bias=False)
         self.o = nn.Linear(shape.inner, shape.d_model, bias=False)
-        self.shape = shape
 
-    def forward(self, x_BSD: torch.Tensor, bias_BHSS: torch.Tensor) -> torch.Tensor:
-        q, k, v = (split(part, self.shape) for part in self.qkv(self.norm(x_BSD)).chunk(3, -1))
-        return x_BSD + F.dropout(self.o(attend(q, k, v, bias_BHSS, self)), self.shape.dropout, self.training)
+    def forward(self, x_ND: Tensor, bias_HSS: Tensor, rows: Rows) -> Tensor:
+        if written_out(x_ND):
+            weights = self.norm.weight, self.qkv.weight, self.o.weight
+            return fused.SelfAttention.apply(x_ND, *weights, bias_HSS, rows.layout, self.how(x_ND))
+        heads = []
+        for qkv, mask_R11S, (_, S) in zip(rows.groups(self.qkv(self.norm(x_ND))), rows.masks, rows.layout, strict=True):
+            q, k, v = qkv.unflatten(-1, (3, self.shape.heads, -1)).permute(2, 0, 3, 1, 4)  # [R, H, S, E]
+            bias = (bias_HSS[:, :S, :S] + mask_R11S).to(q.dtype)
+            heads.append(F.scaled_dot_product_attention(q, k, v, bias, self.dropout, scale=1.0).transpose(1, 2).flatten(-2).flatten(0, 1))
+        return x_ND + self.dropped(self.o(torch.cat(heads)))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(Part):
+    """The L queries of a row look at its memory.
+
+    With so few queries, keys and values of every token are not worth making: q (W m)' = (q W) m', so the queries go through
+    the keys' weights, and the weighted sum of the memory through the values'. Same numbers, a sixth of all products less.
+    """
+
     def __init__(self, shape: Shape):
-        super().__init__()
-        self.norm = RMSNorm(shape.d_model, shape.epsilon)
+        super().__init__(shape)
         self.q = nn.Linear(shape.d_model, shape.inner, bias=False)
         self.kv = nn.Linear(shape.d_model, 2 * shape.inner, bias=False)
         self.o = nn.Linear(shape.inner, shape.d_model, bias=False)
-        self.shape = shape
 
-    def forward(self, x_BLD: torch.Tensor, memory_BSD: torch.Tensor, mask_B11S: torch.Tensor) -> torch.Tensor:
-        q = split(self.q(self.norm(x_BLD)), self.shape)
-        k, v = (split(part, self.shape) for part in self.kv(memory_BSD).chunk(2, -1))
-        return x_BLD + F.dropout(self.o(attend(q, k, v, mask_B11S, self)), self.shape.dropout, self.training)
+    def forward(self, x_BLD: Tensor, memory_ND: Tensor, rows: Rows) -> Tensor:
+        H, L = self.shape.heads, x_BLD.size(1)
+        keys_HED, values_HED = self.kv.weight.unflatten(0, (2, H, -1))
+        q_BLHE = self.q(self.norm(x_BLD)).unflatten(-1, (H, -1))
+        q_BQD = torch.einsum("blhe,hed->blhd", q_BLHE, keys_HED).flatten(1, 2)
+        if written_out(x_BLD):
+            how = self.how(x_BLD)
+            out_BQD = fused.AttendMemory.apply(q_BQD, memory_ND.to(how.dtype), rows.layout, how)
+        else:
+            out = []
+            for q, memory, mask_R11S in zip(q_BQD.split(rows.counts), rows.groups(memory_ND), rows.masks, strict=True):
+                q, memory = q[:, None], memory[:, None].to(q.dtype)  # one head as wide as the model
+                out.append(F.scaled_dot_product_attention(q, memory, memory, mask_R11S.to(q.dtype), self.dropout, scale=1.0)[:, 0])
+            out_BQD = torch.cat(out)
+        heads_BLHE = torch.einsum("blhd,hed->blhe", out_BQD.unflatten(1, (L, H)), values_HED)
+        return x_BLD + self.dropped(self.o(heads_BLHE.flatten(-2)))
 
 
-def split(x: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """[B, S, H * E] -> [B, H, S, E]"""
-    return x.unflatten(-1, (shape.heads, shape.d_kv)).transpose(1, 2)
+@dataclass
+class Rows:
+    """How the rows of a batch lie, and where they are padded."""
 
+    layout: Layout
+    tokens_N: Tensor
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, part: SelfAttention | CrossAttention) -> torch.Tensor:
-    """Attention without 1/sqrt(d): T5 has that factor in its initial weights."""
-    dropout = part.shape.dropout if part.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout, scale=1.0).transpose(1, 2).flatten(-2)
+    def __post_init__(self) -> None:
+        self.counts = [count for count, _ in self.layout]
+        self.masks: list[Tensor] = []
+        if not written_out(self.tokens_N):
+            self.masks = [padding_mask(tokens_RS) for tokens_RS in self.groups(self.tokens_N)]
+        elif (self.tokens_N == PAD).any():
+            raise ValueError("packed rows with padding: on CPU every group must be as long as its rows (Histories.batch)")
+
+    def groups(self, x_N: Tensor) -> list[Tensor]:
+        """[N, ...] as one [R, S, ...] a group."""
+        parts = x_N.split([count * length for count, length in self.layout])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.layout, strict=True)]
+
+    @classmethod
+    def of(cls, tokens_BS: Tensor) -> tuple[Rows, Tensor]:
+        """Padded rows and the order they are taken in: by length where they can be packed."""
+        if not written_out(tokens_BS):
+            return cls((tuple(tokens_BS.shape),), tokens_BS.flatten()), torch.arange(len(tokens_BS), device=tokens_BS.device)
+        length_B = (tokens_BS != PAD).sum(1)
+        order_B = length_B.argsort(stable=True)
+        lengths, counts = length_B.unique(return_counts=True)
+        tokens_BS = tokens_BS[order_B]
+        return cls(tuple(zip(counts.tolist(), lengths.tolist(), strict=True)), tokens_BS[tokens_BS != PAD]), order_B
 
 
 class RelativePositions(nn.Module):
@@ -121,7 +198,7 @@ class RelativePositions(nn.Module):
         self.bias = nn.Embedding(shape.buckets, shape.heads)
         self.shape, self.bidirectional = shape, bidirectional
 
-    def bucket(self, distance: torch.Tensor) -> torch.Tensor:
+    def bucket(self, distance: Tensor) -> Tensor:
         """``distance`` = key position - query position."""
         buckets, offset = self.shape.buckets, torch.zeros_like(distance)
         if self.bidirectional:
@@ -134,7 +211,7 @@ class RelativePositions(nn.Module):
         far = exact + (torch.log(distance.clamp(min=1).float() / exact) * scale).long()
         return offset + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
 
-    def forward(self, queries: int, keys: int) -> torch.Tensor:
+    def forward(self, queries: int, keys: int) -> Tensor:
         """[1, H, queries, keys]"""
         device = self.bias.weight.device
         distance = torch.arange(keys, device=device)[None, :] - torch.arange(queries, device=device)[:, None]
@@ -186,55 +263,71 @@ class T5(nn.Module):
             if isinstance(module, SelfAttention | CrossAttention):
                 nn.init.normal_(module.o.weight, std=shape.inner**-0.5)
 
-    def dropped(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.shape.dropout, self.training)
+    def dropped(self, x: Tensor) -> Tensor:
+        return dropped(x, self.shape.dropout if self.training else 0.0)
 
-    def encode(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """[B, S, D]. Tokens are padded with ``PAD`` at the right."""
-        bias_BHSS = self.encoder_positions(tokens_BS.size(1), tokens_BS.size(1)) + padding_mask(tokens_BS)
-        x_BSD = self.dropped(self.tokens(tokens_BS))
+    def encode(self, tokens_BS: Tensor) -> Tensor:
+        """[B, S, D]. Tokens are padded with ``PAD`` at the right; there the result means nothing."""
+        rows, order_B = Rows.of(tokens_BS)
+        memory_ND = self.encode_rows(rows)
+        if len(memory_ND) == tokens_BS.numel():
+            return memory_ND.view(*tokens_BS.shape, -1)[order_B.argsort()]
+        memory_BSD = memory_ND.new_zeros(*tokens_BS.shape, self.shape.d_model)
+        memory_BSD[tokens_BS[order_B] != PAD] = memory_ND
+        return memory_BSD[order_B.argsort()]
+
+    def encode_rows(self, rows: Rows) -> Tensor:
+        """[N, D]"""
+        longest = max(length for _, length in rows.layout)
+        bias_HSS = self.encoder_positions(longest, longest)[0].contiguous()
+        x_ND = self.dropped(self.tokens(rows.tokens_N))
         for layer in self.encoder:
-            x_BSD = layer.feed_forward(layer.attention(x_BSD, bias_BHSS))
-        return self.dropped(self.encoder_norm(x_BSD))
+            x_ND = layer.feed_forward(layer.attention(x_ND, bias_HSS, rows))
+        return self.dropped(self.encoder_norm(x_ND))
 
-    def logits(self, tokens_BS: torch.Tensor, codes_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L, V]: of each code of the next item, given the codes before it (teacher forcing)."""
-        memory_BSD, mask_B11S = self.encode(tokens_BS), padding_mask(tokens_BS)
-        start_B1 = codes_BL.new_full((len(codes_BL), 1), PAD)
+    def decode_rows(self, memory_ND: Tensor, rows: Rows, codes_BL: Tensor) -> Tensor:
+        """[B, L, V]"""
+        B, L = codes_BL.shape
+        start_B1 = codes_BL.new_full((B, 1), PAD)
         x_BLD = self.dropped(self.tokens(torch.cat([start_B1, codes_BL[:, :-1]], 1)))
-        length = codes_BL.size(1)
-        future_LL = torch.full((length, length), -torch.inf, device=x_BLD.device).triu(1)
-        bias_1HLL = self.decoder_positions(length, length) + future_LL
+        future_LL = torch.full((L, L), -torch.inf, device=x_BLD.device).triu(1)
+        bias_HLL = self.decoder_positions(L, L)[0] + future_LL
+        ours = Rows(((B, L),), torch.ones_like(codes_BL).flatten())  # no padding here
         for layer in self.decoder:
-            x_BLD = layer.feed_forward(layer.cross(layer.attention(x_BLD, bias_1HLL), memory_BSD, mask_B11S))
+            x_BLD = layer.attention(x_BLD.flatten(0, 1), bias_HLL, ours).view(B, L, -1)
+            x_BLD = layer.cross(x_BLD, memory_ND, rows)
+            x_BLD = layer.feed_forward(x_BLD.flatten(0, 1)).view(B, L, -1)
         x_BLD = self.dropped(self.decoder_norm(x_BLD))
         return F.linear(x_BLD * self.shape.d_model**-0.5, self.tokens.weight)
 
-    def forward(self, tokens: torch.Tensor, codes_BL: torch.Tensor, layout: Layout | None = None) -> torch.Tensor:
+    def logits(self, tokens_BS: Tensor, codes_BL: Tensor) -> Tensor:
+        """[B, L, V]: of each code of the next item, given the codes before it (teacher forcing)."""
+        rows, order_B = Rows.of(tokens_BS)
+        return self.decode_rows(self.encode_rows(rows), rows, codes_BL[order_B])[order_B.argsort()]
+
+    def forward(self, tokens: Tensor, codes_BL: Tensor, layout: Layout | None = None) -> Tensor:
         """Mean cross-entropy over all codes and the whole vocabulary: a label a code position.
 
-        ``tokens`` are padded [B, S], or packed [N] with their ``layout`` (data.Batch): ``model(*batch)``.
+        ``tokens`` are padded [B, S], or packed [N] with their ``layout`` (``model(*batch)``, data.py).
         """
-        tokens_BS = tokens if layout is None else padded(tokens, layout)
-        return F.cross_entropy(self.logits(tokens_BS, codes_BL).flatten(0, 1).float(), codes_BL.flatten())
+        if layout is None:
+            rows, order_B = Rows.of(tokens)
+            codes_BL = codes_BL[order_B]
+        else:
+            rows = Rows(layout, tokens)
+        logits_BLV = self.decode_rows(self.encode_rows(rows), rows, codes_BL)
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), codes_BL.flatten())
 
 
-def padding_mask(tokens_BS: torch.Tensor) -> torch.Tensor:
+def padding_mask(tokens_BS: Tensor) -> Tensor:
     """[B, 1, 1, S]: 0, and -inf at padding."""
-    mask_BS = torch.zeros(tokens_BS.shape, device=tokens_BS.device)
-    return mask_BS.masked_fill_(tokens_BS == PAD, -torch.inf)[:, None, None]
-
-
-def padded(tokens_N: torch.Tensor, layout: Layout) -> torch.Tensor:
-    longest = max(length for _, length in layout)
-    groups = tokens_N.split([rows * length for rows, length in layout])
-    return torch.cat([F.pad(group.view(shape), (0, longest - shape[1])) for group, shape in zip(groups, layout, strict=True)])
+    return torch.where(tokens_BS == PAD, -torch.inf, 0.0)[:, None, None]
 
 
 # --------------------------------------------------------------------------------------------- weights of Hugging Face
 
 
-def to_hugging_face(model: T5) -> dict[str, torch.Tensor]:
+def to_hugging_face(model: T5) -> dict[str, Tensor]:
     """The weights under the names of Hugging Face's T5ForConditionalGeneration (T5 1.0, tied embeddings)."""
     ours, theirs = model.state_dict(), {}
     tokens = ours["tokens.weight"]
@@ -261,7 +354,7 @@ def to_hugging_face(model: T5) -> dict[str, torch.Tensor]:
     return theirs
 
 
-def from_hugging_face(model: T5, theirs: dict[str, torch.Tensor]) -> None:
+def from_hugging_face(model: T5, theirs: dict[str, Tensor]) -> None:
     """Load the weights of a T5ForConditionalGeneration of the same shape.
 
     Raises KeyError or RuntimeError where one does not fit.
