@@ -23,7 +23,7 @@ BINS = (("2-5", 2, 5), ("6-10", 6, 10), ("11-20", 11, 20), (">20", 21, 1 << 30))
 @dataclass(frozen=True)
 class Card:
     """``history`` is about test inputs (x_1..x_(n-1)); ``cold_targets`` counts targets without any training interaction,
-    ``repeated_targets`` those that stand in their user's history already."""
+    ``repeated_targets`` those that stand in their user's history already. ``dropped`` says why items have no picture."""
 
     name: str
     digest: str
@@ -39,6 +39,7 @@ class Card:
     items_without_training: int
     items_with_text: int
     items_with_picture: int
+    picture_coverage: float
     dropped: dict[str, int]
     expected: dict[str, Any] | None
     differences: list[str]
@@ -79,6 +80,7 @@ def make_card(folder: Path) -> Card:
         items_without_training=int((~trained).sum()),
         items_with_text=domain.n_items - domain.items["text"].null_count,
         items_with_picture=len(domain.pictures),
+        picture_coverage=len(domain.pictures) / domain.n_items,
         dropped=private.info.get("dropped", {}),
         expected=expected,
         differences=differences(summary.counts, expected),

@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import ContractError, Domain, integers, read_columns
+from harness.contract import ContractError, Domain, integers, read_columns, write_json
 from harness.data.source import DataError, DomainExists, DomainSummary, SourceDomain, hash_order, ragged
-from harness.data.write import public_digest, targets_digest, write_parts
+from harness.data.write import public_digest, set_modes, targets_digest, write_parts, write_pictures
 from harness.paths import Paths
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "ragged",
     "read_private",
     "read_summary",
+    "replace_pictures",
     "validate_domain",
     "write_domain",
 ]
@@ -122,6 +123,43 @@ def write_domain(
             return _put_in_place(temporary, folder, summary, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_pictures(folder: Path, pictures: Mapping[str, bytes | Path], dropped: dict[str, int]) -> DomainSummary:
+    """The same domain with these pictures, in one step, and with ``dropped`` as what was left out on the way.
+
+    What comes out is what ``write_domain`` would make of the same source and these pictures. All other files are kept (linked).
+    """
+    folder = Path(folder)
+    written_anew = {"pictures.bin", "pictures.parquet", "domain.json", "private.json"}
+    with _locked(folder):
+        summary, private = read_summary(folder), read_private(folder)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            for part in ("public", "private"):
+                (temporary / part).mkdir(mode=0o700)
+                for file in (folder / part).iterdir():
+                    if file.name not in written_anew:
+                        _link(file, temporary / part / file.name)
+            if pictures:
+                write_pictures(temporary / "public", private.item_ids, pictures)
+            digest = public_digest(temporary / "public")
+            head = json.loads((folder / "public" / "domain.json").read_text())
+            write_json(temporary / "public" / "domain.json", {**head, "digest": digest})
+            write_json(temporary / "private" / "private.json", {**private.info, "public_digest": digest, "dropped": dropped})
+            set_modes(temporary)
+            return _put_in_place(temporary, folder, replace(summary, digest=digest), overwrite=True)
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror} while its pictures were written; it is as it was") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _link(file: Path, to: Path) -> None:
+    try:
+        os.link(file, to)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, to)
 
 
 @contextlib.contextmanager
@@ -243,7 +281,7 @@ def validate_domain(folder: Path) -> DomainSummary:
     counts = {"users": users, "items": domain.n_items, "interactions": train + 2 * users, "train_interactions": train}
     require(summary.counts == counts, f"{public / 'domain.json'}: counts {summary.counts}, the tables hold {counts}")
     require(bool((domain.train.lengths > 0).all()), f"{public / 'users.parquet'}: a user has no training item")
-    _check_pictures(public, require)
+    _check_pictures(public, domain.n_items, require)
     require(public_digest(public) == summary.digest, f"{public}: its content does not have the digest in domain.json")
 
     hidden = read_private(folder)
@@ -259,10 +297,14 @@ def validate_domain(folder: Path) -> DomainSummary:
     return summary
 
 
-def _check_pictures(public: Path, require: Any) -> None:
-    if not (public / "pictures.parquet").exists():
+def _check_pictures(public: Path, n_items: int, require: Any) -> None:
+    pack_there, index_there = ((public / name).exists() for name in ("pictures.bin", "pictures.parquet"))
+    require(pack_there == index_there, f"{public}: of pictures.bin and pictures.parquet one is missing")
+    if not index_there:
         return
     index = read_columns(public / "pictures.parquet").to_pydict()
+    inside = not index["item"] or (index["item"][0] >= 0 and index["item"][-1] < n_items)
+    require(inside, f"{public / 'pictures.parquet'}: an item outside 0..{n_items - 1}")
     offset = 0
     with open(public / "pictures.bin", "rb") as pack:
         for row, item in enumerate(index["item"]):

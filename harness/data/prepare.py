@@ -4,7 +4,7 @@ In: Amazon-Reviews-2023 files of one category (JSON lines, plain or gzipped):
 
     RAW/review_categories/CATEGORY.jsonl[.gz]      user_id, parent_asin, timestamp, ...
     RAW/meta_categories/meta_CATEGORY.jsonl[.gz]   parent_asin, title, features, categories, description, store, ...
-    RAW/pictures/CATEGORY/PARENT_ASIN.jpg          optional
+    RAW/pictures/CATEGORY/                         optional: what `harness data pictures` fetched, or files PARENT_ASIN.jpg
 
 Rules: item = ``parent_asin``; interactions of a user in order of time, equal times in order of the file; of a repeated
 item the earliest counts; then users and items with fewer than five interactions are removed until none is left.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from harness.contract import Ragged
 from harness.data.domain import data_root, write_domain
-from harness.data.images import local_pictures
+from harness.data.pictures import find_pictures
 from harness.data.source import DataError, DomainSummary, SourceDomain
 
 CORE = 5
@@ -50,7 +50,7 @@ def prepare_raw(raw: Path, category: str, name: str, *, root: Path | None = None
     return write_domain((root or data_root()) / name, source, pictures=pictures, overwrite=overwrite)
 
 
-def read_raw(raw: Path, category: str) -> tuple[SourceDomain, dict[str, bytes]]:
+def read_raw(raw: Path, category: str) -> tuple[SourceDomain, Mapping[str, bytes]]:
     """The prepared source domain of one category, and the pictures of its items."""
     reviews = _find(raw / "review_categories", category)
     metadata = _find(raw / "meta_categories", f"meta_{category}")
@@ -63,13 +63,13 @@ def read_raw(raw: Path, category: str) -> tuple[SourceDomain, dict[str, bytes]]:
     sequences, users, items = _lists(interactions.user[kept], interactions.item[kept])
     item_ids = [interactions.item_ids[row] for row in items]
     columns, counts = read_metadata(metadata, item_ids)
-    pictures, refused = local_pictures(raw / "pictures" / category, item_ids)
+    pictures, without_picture = find_pictures(raw, category, item_ids)
     dropped = {
         "reviews_without_fields": interactions.skipped,
         "repeated_items": repeats,
         f"interactions_by_{CORE}_core": len(rows) - len(kept),
         **counts,
-        "pictures_refused": refused,
+        **without_picture,
     }
     source = SourceDomain(
         user_ids=[interactions.user_ids[row] for row in users],

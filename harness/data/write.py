@@ -57,7 +57,7 @@ def write_parts(
         np.savez_compressed(folder / "private" / "oracle.npz", users=np.arange(len(user_rows), dtype=np.int32), items=lists)
     if planted is not None:
         write_json(folder / "private" / "planted.json", planted)
-    _set_modes(folder)
+    set_modes(folder)
     return replace(summary, path=folder)
 
 
@@ -81,7 +81,7 @@ def _write_public(
     _parquet(public / "users.parquet", {"user": numbers, "train": train, "valid": pa.array(histories.values[last - 1])})
     _parquet(public / "items.parquet", _item_table(source.columns, item_order))
     if pictures:
-        _write_pictures(public, [source.item_ids[row] for row in item_order], pictures)
+        write_pictures(public, [source.item_ids[row] for row in item_order], pictures)
     n_train = int(in_train.sum())
     counts = {"users": len(last), "items": len(item_order), "interactions": len(in_train), "train_interactions": n_train}
     summary = DomainSummary(name, public, public_digest(public), counts, ties, simulated, source.release)
@@ -133,7 +133,7 @@ def _item_table(columns: Mapping[str, Any], order: np.ndarray) -> dict[str, pa.A
     return table
 
 
-def _write_pictures(public: Path, item_ids: list[str], pictures: Mapping[str, bytes | Path]) -> None:
+def write_pictures(public: Path, item_ids: list[str], pictures: Mapping[str, bytes | Path]) -> None:
     """The picture pack, in order of the item numbers (never in the order in which pictures were found)."""
     rows: list[tuple[int, int, int, str]] = []
     offset = 0
@@ -150,7 +150,7 @@ def _write_pictures(public: Path, item_ids: list[str], pictures: Mapping[str, by
     _parquet(public / "pictures.parquet", {key: pa.array([row[i] for row in rows], kind) for i, (key, kind) in enumerate(types.items())})
 
 
-def _set_modes(folder: Path) -> None:
+def set_modes(folder: Path) -> None:
     """Public for everyone (methods may run as another user), private for the owner only, whatever the umask says."""
     os.chmod(folder, 0o755)
     for part, directory, mode in (("public", 0o755, 0o644), ("private", 0o700, 0o600)):

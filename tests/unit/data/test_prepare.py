@@ -158,7 +158,7 @@ def test_pictures_are_checked(tmp_path):
     assert check_picture(good[: len(good) // 2]) is None
     assert check_picture(b"<html>not found</html>") is None
     assert check_picture(b"") is None
-    assert check_picture(picture(20, "GIF")) is None
+    assert check_picture(picture(20, "BMP")) is None
     smaller = check_picture(picture(1500))
     assert smaller is not None
     assert Image.open(io.BytesIO(smaller)).size == (1024, 1024)
@@ -167,5 +167,5 @@ def test_pictures_are_checked(tmp_path):
     assert check_picture(bomb.getvalue()) is None
     for name, data in {"a.jpg": good, "b.png": b"no", "other.jpg": good, "a.txt": b"x"}.items():
         (tmp_path / name).write_bytes(data)
-    assert local_pictures(tmp_path, ["a", "b", "c"]) == ({"a": good}, 1)
-    assert local_pictures(tmp_path / "absent", ["a"]) == ({}, 0)
+    assert local_pictures(tmp_path, ["a", "b", "c"]) == ({"a": good}, {"b": "not_a_picture"})
+    assert local_pictures(tmp_path / "absent", ["a"]) == ({}, {})
