@@ -96,9 +96,9 @@ class Page:
     redirect: str | None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One request and what came of it. ``sent``: bytes of the body that were written."""
+    """One request and what came of it: in the log from the moment its answer begins. ``sent``: bytes of the body so far."""
 
     method: str
     path: str
@@ -198,8 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None: ...
 
     def _answer(self) -> None:
-        web, started = self.web, time.monotonic()
-        self.status, self.sent = 0, 0
+        web = self.web
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        self.entry = Request(self.command, self._path(), headers, 0, 0, time.monotonic())
         with web.lock:
             web.now += 1
             web.busiest = max(web.busiest, web.now)
@@ -209,10 +210,8 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the client went away
             self.close_connection = True
         finally:
-            path, headers = self._path(), {key.lower(): value for key, value in self.headers.items()}
             with web.lock:
                 web.now -= 1
-                web.log.append(Request(self.command, path, headers, self.status, self.sent, started))
 
     def _path(self) -> str:
         return unquote(urlsplit(self.path).path)
@@ -265,7 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
         return (start, end, 206) if start < end else (0, 0, 416)
 
     def _head(self, status: int, length: int | None, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
-        self.status = status
+        self.entry.status = status
+        with self.web.lock:
+            self.web.log.append(self.entry)
         self.send_response(status)
         for key, value in (headers or {}).items():
             self.send_header(key, value)
@@ -298,5 +299,5 @@ class _Handler(BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_RDWR)
 
     def _write(self, data: bytes) -> None:
+        self.entry.sent += len(data)  # first: a client must not see the bytes before a test sees the number
         self.wfile.write(data)
-        self.sent += len(data)

@@ -1,4 +1,4 @@
-"""``harness data``: import, prepare, simulate, list, card, verify.
+"""``harness data``: fetch, import, prepare, simulate, list, card, verify.
 
 In: the command line. Out: domains under the data root, tables on the terminal. Heavy modules are imported inside the
 commands, so that ``harness --help`` stays quick.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from harness.data.source import DomainSummary
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", help="Make and look at domains: import, prepare, simulate, list, card, verify."
+    no_args_is_help=True, rich_markup_mode="rich", help="Make and look at domains: fetch, import, prepare, simulate, list, card, verify."
 )
 
 Root = Annotated[Path | None, typer.Option(help="Folder of the domains. Default: $HARNESS_DATA, else data/domains.")]
@@ -89,6 +89,60 @@ def import_(
 
 
 @app.command()
+def fetch(
+    release: Annotated[str, typer.Argument(help="amazon2023: Amazon Reviews 2023.")],
+    categories: Annotated[
+        list[str] | None, typer.Argument(help="Musical_Instruments, Video_Games, ..., or paper (all nine), targets, pretraining.")
+    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part: 5core, reviews or meta; may be given several times.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the raw files. Default: $HARNESS_RAW, else data/raw.")] = None,
+    raw: Annotated[Path | None, typer.Option(help="Take files that are in this folder already: checked, then linked.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be fetched, with sizes.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, max=16, help="Files at a time.")] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Read again also what was checked before.")] = False,
+    hub: Annotated[str | None, typer.Option(help="Address of another hub, or none. Default: $HARNESS_AMAZON2023_HUB.")] = None,
+    mirror: Annotated[str | None, typer.Option(help="Address of another mirror, or none. Default: $HARNESS_AMAZON2023_MIRROR.")] = None,
+) -> None:
+    """Fetch the official files of Amazon Reviews 2023, checked by digest. Stop it at any time: the same command goes on.
+
+    From the Hugging Face data set at a pinned revision, else from the server of its authors.
+
+    [bold]Examples[/]
+
+      harness data fetch amazon2023 --dry-run
+
+      harness data fetch amazon2023
+
+      harness data fetch amazon2023 Video_Games Software --part 5core --part meta
+
+      harness data fetch amazon2023 --raw ~/downloads
+    """
+    from harness.data.fetch import Fetch
+    from harness.data.fetch_view import View, plan_table
+    from harness.data.release import choose, raw_root, sources
+    from harness.data.source import DataError
+    from harness.values import nearest
+
+    with _plain_errors():
+        if release != "amazon2023":
+            raise DataError(f"{release!r} is no release that can be fetched.{nearest(release, ['amazon2023'])}")
+        folder = (to or raw_root()).absolute()
+        console = _console()
+        wanted, servers = choose(categories or (), part or ()), sources(hub, mirror)
+        if dry_run:
+            with Fetch(wanted, folder, servers, raw=raw) as dry:
+                plan_table(dry.plan(), folder, console)
+            return
+        try:
+            with View(console, folder) as view, Fetch(wanted, folder, servers, raw=raw, parallel=parallel, verify=verify, show=view) as run:
+                run.run()
+        except KeyboardInterrupt:
+            console.print("[yellow]stopped[/]: what has arrived is kept; the same command goes on")
+            raise typer.Exit(130) from None
+        console.print(f"[green]complete[/]: {len(wanted)} files in {_plain(str(folder))}", highlight=False)
+
+
+@app.command()
 def prepare(
     raw: Annotated[Path, typer.Argument(help="Folder with review_categories/, meta_categories/ and, if there are any, pictures/.")],
     category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ..., or paper: all nine of the paper.")],
@@ -113,6 +167,68 @@ def prepare(
             raise DataError("paper is nine domains: leave the name out")
         for each in CATEGORIES if category == "paper" else [category]:
             _report(prepare_raw(raw, each, name or each.lower(), root=root, overwrite=replace))
+
+
+@app.command()
+def pictures(
+    names: Annotated[list[str], typer.Argument(help="Prepared domains, categories (all domains prepared from them), or paper.")],
+    raw: Annotated[Path | None, typer.Option(help="Folder of the raw files. Default: $HARNESS_RAW, else data/raw.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also ask again for what failed before.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all kept pictures again first; fetch those that are damaged.")] = False,
+    every_item: Annotated[bool, typer.Option("--all", help="Every item of the metadata, not only those of the domains.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show how many would be fetched.")] = False,
+    per_host: Annotated[int, typer.Option(min=1, max=64, help="Requests of one host at a time.")] = 16,
+    server: Annotated[str | None, typer.Option(help="Ask this server for all of them. Default: $HARNESS_AMAZON2023_PICTURES.")] = None,
+    root: Root = None,
+) -> None:
+    """Fetch the product pictures of prepared domains, and put them in. Stop it at any time: the same command goes on.
+
+    One picture an item: MAIN, in the size large. What fails stands with its reason in RAW/pictures/CATEGORY/ledger.jsonl. A domain
+    with other pictures has another digest.
+
+    [bold]Examples[/]
+
+      harness data pictures paper --dry-run
+
+      harness data pictures musical_instruments video_games
+
+      harness data pictures Office_Products --retry-failed
+    """
+    from harness.data.domain import data_root
+    from harness.data.picture_fetch import Manners
+    from harness.data.pictures import Download, items_of, put_into_domain, resolve
+    from harness.data.pictures_view import View, coverage, plan_table
+    from harness.data.release import raw_root
+
+    with _plain_errors():
+        console, folder = _console(), (raw or raw_root()).absolute()
+        domains = resolve(names, root or data_root())
+        downloads = {
+            category: Download(
+                folder,
+                category,
+                None if every_item else items_of(category, found),
+                manners=Manners(per_host=per_host),
+                server=server,
+                retry_failed=retry_failed,
+            )
+            for category, found in domains.items()
+        }
+        if dry_run:
+            plan_table({category: download.plan() for category, download in downloads.items()}, console)
+            return
+        for category, download in downloads.items():
+            try:
+                with View(console) as download.show:
+                    if verify:
+                        console.print(f"{_plain(category)}: {len(download.verify()):,} pictures are damaged", highlight=False)
+                    outcomes = download.run()
+            except KeyboardInterrupt:
+                console.print("[yellow]stopped[/]: what has arrived is kept; the same command goes on")
+                raise typer.Exit(130) from None
+            console.print(coverage(outcomes, download.items or list(outcomes)), highlight=False)
+            for domain in domains[category]:
+                _report(put_into_domain(folder, domain))
 
 
 @app.command()
@@ -241,7 +357,7 @@ def _show_card(card: dict[str, object]) -> None:
         if isinstance(value, dict) and key not in ("expected",):
             for entry, number in value.items():
                 table.add_row(f"{label}: {entry.replace('_', ' ')}", f"{number:,.2f}" if isinstance(number, float) else f"{number:,}")
-        elif key in ("tie_rate", "density"):
+        elif key in ("tie_rate", "density", "picture_coverage"):
             table.add_row(label, _share(value))
         elif isinstance(value, int) and not isinstance(value, bool):
             table.add_row(label, f"{value:,}")
