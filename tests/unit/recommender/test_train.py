@@ -360,10 +360,11 @@ assert os.waitpid(start(undisturbed), 0)[1] == 0
 checkpoint.SHARE = float("inf")  # from now on one after every step
 chance, reaches = random.Random(0), []
 for kill in range(6):
-    pid, before = start(killed), reached()
-    while reached() <= before:  # it has taken up its work: now at any moment
+    target, pid = reached() + chance.randint(1, 28), start(killed)
+    while reached() < target:
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it could be killed"
         time.sleep(0.005)
-    time.sleep(chance.uniform(0, 0.15))
+    time.sleep(chance.uniform(0, 0.02))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     reaches.append(reached())
@@ -374,7 +375,7 @@ print(json.dumps(reaches))
 
 def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path: Path, domain: Domain) -> None:
     """Real processes and SIGKILL: dropout, optimiser, schedule, row order, best weights and stopping must all come back."""
-    configuration = small.TINY | {"keep_model": True, "epochs": 5, "warmup_steps": 7, "batch": 8}
+    configuration = small.TINY | {"keep_model": True, "epochs": 5, "warmup_steps": 7, "batch": 8, "learning_rate": 0.1}
     undisturbed, killed = (small.make_job(tmp_path / name, domain, configuration=configuration) for name in ("undisturbed", "killed"))
     killed.write(tmp_path / "killed.json")
     process = small.start(KILLED, undisturbed, arguments=[str(tmp_path / "killed.json")])
@@ -386,6 +387,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path: Path, doma
         files = [(job.output / name).read_bytes() for name in ("model/model.safetensors", "predictions.npz", "valid_predictions.npz")]
         left.append((*files, meta["steps"], meta["best_valid"], meta["stopped_by"], small.curve(job)))
     assert left[0] == left[1]
-    epoch, reaches = left[0][3] // 5, json.loads(out.splitlines()[-1])
+    curve, epoch, reaches = small.curve(killed), left[0][3] // 5, json.loads(out.splitlines()[-1])
     assert reaches == sorted(set(reaches))
     assert len([step for step in reaches if step % epoch]) >= 3, f"killed after steps {reaches}: none within its {epoch} steps an epoch"
+    best = max((step for step in curve if step % epoch == 0), key=lambda step: curve[step]["valid_ndcg_at_10"])
+    assert best < reaches[-1], f"the best weights are those of step {best}: they were never in a checkpoint that was read"
