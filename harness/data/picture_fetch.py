@@ -98,7 +98,7 @@ class Host:
     async def pause(self) -> None:
         """Until the host may be asked again; not all at the same moment."""
         while (left := self.resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(left + random.uniform(0, min(1.0, left)))
+            await asyncio.sleep(left + random.uniform(0, min(1.0, 0.1 * left)))
 
     def judge(self, result: Result, manners: Manners) -> None:
         """Raises HostRefuses when this failure was one too many. That a picture is gone is a good answer."""

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from harness.data.domain import list_domains, read_private, replace_pictures
+from harness.contract import read_columns
+from harness.data.domain import list_domains, read_private, read_summary, replace_pictures
 from harness.data.images import kept_bytes, local_pictures
-from harness.data.picture_store import DAMAGED, Outcome, PicturePack, PictureStore, open_store, reasons
+from harness.data.picture_store import DAMAGED, Outcome, PicturePack, open_store, read_ledger, reasons
 from harness.data.source import DataError, DomainSummary
 
 if TYPE_CHECKING:
@@ -92,11 +93,24 @@ def served_by(url: str, server: str | None) -> str:
 # ------------------------------------------------------------------------------------------------------------ download
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a download will do: ``jobs`` over the network; ``silent`` outcomes that are known without asking anybody."""
+
+    items: list[str]
+    urls: dict[str, str | None]
+    jobs: list[Job]
+    silent: list[Outcome]
+    there: int
+    needed: int
+    """Bytes that the jobs will take, roughly."""
+
+
 class Show:
     """What happens, for whoever wants to see it."""
 
     def note(self, text: str) -> None: ...
-    def planned(self, category: str, items: int, there: int, to_fetch: int) -> None: ...
+    def planned(self, category: str, plan: Plan) -> None: ...
     def results(self, results: Sequence[Result]) -> None: ...
 
 
@@ -116,45 +130,60 @@ class Download:
     retry_failed: bool = False
     show: Show = field(default_factory=Show)
 
-    def run(self) -> dict[str, Outcome]:
-        """Fetch what is missing. The last outcome of every item of the store. Raises DataError; what has arrived stays."""
-        from harness.data.picture_fetch import fetch
-
-        if self.server and not is_url(self.server):
-            raise DataError(f"{self.server!r} is no address of a server: http://... or https://...")
-        urls = read_urls(metadata_file(self.raw, self.category), self.items)
-        items = list(urls) if self.items is None else list(dict.fromkeys(self.items))
-        with open_store(store_folder(self.raw, self.category), self._waits) as store:
-            jobs, silent = self._plan(items, urls, store)
-            self.show.planned(self.category, len(items), len(items) - len(jobs), len(jobs))
-            store.commit([(outcome, None) for outcome in silent])
-            _check_space(store, len(jobs))
-
-            def keep(results: Sequence[Result]) -> None:
-                store.commit([(_outcome(result, urls[result.job.item]), result.data) for result in results])
-                self.show.results(results)
-
-            fetch(jobs, kept_bytes, keep, self.manners)
-            return store.outcomes
-
-    def _waits(self) -> None:
-        self.show.note(f"another process is fetching pictures of {self.category}: waiting for it")
-
-    def _plan(self, items: list[str], urls: dict[str, str | None], store: PictureStore) -> tuple[list[Job], list[Outcome]]:
-        """What to fetch, and what to note without asking anybody."""
+    def plan(self, outcomes: Mapping[str, Outcome] | None = None) -> Plan:
+        """What there is to do, from ``outcomes`` or the ledger as it stands. Asks nobody, writes nothing."""
         from harness.data.picture_fetch import Job
 
-        jobs, silent = [], []
         server = self.server or os.environ.get(SERVER)
+        if server and not is_url(server):
+            raise DataError(f"{server!r} is no address of a server: http://... or https://...")
+        outcomes = read_ledger(store_folder(self.raw, self.category)) if outcomes is None else outcomes
+        urls = read_urls(metadata_file(self.raw, self.category), self.items)
+        items = list(urls) if self.items is None else list(dict.fromkeys(self.items))
+        jobs, silent = [], []
         for item in items:
-            before, url = store.outcomes.get(item), urls.get(item)
+            before, url = outcomes.get(item), urls.get(item)
             if url is None:
                 reason = "no_url" if item in urls else "no_metadata"
                 if before is None or (before.reason and before.reason != reason):
                     silent.append(Outcome(item, None, reason=reason))
             elif before is None or before.url != url or before.reason == DAMAGED or (self.retry_failed and not before.kept):
                 jobs.append(Job(item, served_by(url, server)))
-        return jobs, silent
+        lengths = [outcome.length for outcome in outcomes.values() if outcome.kept]
+        each = sum(lengths) / len(lengths) if len(lengths) >= 200 else USUAL_BYTES
+        there = sum(item in outcomes and outcomes[item].kept for item in items)
+        return Plan(items, urls, jobs, silent, there, int(len(jobs) * each))
+
+    def run(self) -> dict[str, Outcome]:
+        """Fetch what is missing. The last outcome of every item of the store. Raises DataError; what has arrived stays."""
+        from harness.data.picture_fetch import fetch
+
+        metadata_file(self.raw, self.category)  # before a folder is made
+        with open_store(store_folder(self.raw, self.category), self._waits) as store:
+            plan = self.plan(store.outcomes)
+            self.show.planned(self.category, plan)
+            free = shutil.disk_usage(store.folder).free
+            if plan.needed > free:
+                raise DataError(
+                    f"{store.folder} has {free / 2**30:,.1f} GiB free, but {len(plan.jobs):,} pictures need about"
+                    f" {plan.needed / 2**30:,.1f}: free some space, or name another folder with --raw. Nothing was fetched"
+                )
+            store.commit([(outcome, None) for outcome in plan.silent])
+
+            def keep(results: Sequence[Result]) -> None:
+                store.commit([(_outcome(result, plan.urls[result.job.item]), result.data) for result in results])
+                self.show.results(results)
+
+            fetch(plan.jobs, kept_bytes, keep, self.manners)
+            return store.outcomes
+
+    def verify(self) -> list[str]:
+        """Read every picture of the store again. Those that are damaged, which ``run`` then fetches."""
+        with open_store(store_folder(self.raw, self.category), self._waits) as store:
+            return store.verify()
+
+    def _waits(self) -> None:
+        self.show.note(f"another process is fetching pictures of {self.category}: waiting for it")
 
 
 def _outcome(result: Result, url: str | None) -> Outcome:
@@ -162,17 +191,6 @@ def _outcome(result: Result, url: str | None) -> Outcome:
         return Outcome(result.job.item, url, result.tries, result.reason, result.detail[:200])
     changed = result.sent is not None and result.sent is not result.data
     return Outcome(result.job.item, url, result.tries, source_sha256=hashlib.sha256(result.sent or b"").hexdigest() if changed else "")
-
-
-def _check_space(store: PictureStore, missing: int) -> None:
-    lengths = [outcome.length for outcome in store.outcomes.values() if outcome.kept]
-    each = sum(lengths) / len(lengths) if len(lengths) >= 200 else USUAL_BYTES
-    needed, free = int(missing * each), shutil.disk_usage(store.folder).free
-    if needed > free:
-        raise DataError(
-            f"{store.folder} has {free / 2**30:,.1f} GiB free, but {missing:,} pictures need about {needed / 2**30:,.1f}: free some space"
-            " or let --raw name another folder. Nothing was fetched"
-        )
 
 
 def store_folder(raw: Path, category: str) -> Path:
@@ -183,7 +201,9 @@ def metadata_file(raw: Path, category: str) -> Path:
     for suffix in (".jsonl", ".jsonl.gz"):
         if (path := raw / "meta_categories" / f"meta_{category}{suffix}").exists():
             return path
-    raise DataError(f"{path} (or .jsonl) is missing: it names the pictures' URLs; `harness data fetch {category} --part meta` brings it")
+    raise DataError(
+        f"{path} (or .jsonl) is missing: it names the pictures' URLs; `harness data fetch amazon2023 {category} --part meta` brings it"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- from the store to a domain
@@ -198,6 +218,9 @@ class Found(Mapping[str, bytes]):
 
     def __getitem__(self, item: str) -> bytes:
         return self._pack[item] if item in self._pack else self._local[item]
+
+    def digest(self, item: str) -> str:
+        return self._pack.outcomes[item].sha256 if item in self._pack else hashlib.sha256(self._local[item]).hexdigest()
 
     def __contains__(self, item: object) -> bool:
         return item in self._pack or item in self._local
@@ -224,8 +247,19 @@ def put_into_domain(raw: Path, folder: Path) -> DomainSummary:
     """Give a prepared domain the pictures that are there now: what its preparation would give it if it ran again."""
     private = read_private(folder)
     pictures, counts = find_pictures(raw, str(private.info["source"]["category"]), private.item_ids)
-    dropped = {key: count for key, count in private.info.get("dropped", {}).items() if not key.startswith(NO_PICTURE)}
-    return replace_pictures(folder, pictures, {**dropped, **counts})
+    before = private.info.get("dropped", {})
+    dropped = {key: count for key, count in before.items() if not key.startswith(NO_PICTURE)} | counts
+    wanted = {number: pictures.digest(item) for number, item in enumerate(private.item_ids) if item in pictures}
+    if dropped == before and wanted == _digests(folder / "public" / "pictures.parquet"):
+        return read_summary(folder)
+    return replace_pictures(folder, pictures, dropped)
+
+
+def _digests(index: Path) -> dict[int, str]:
+    if not index.exists():
+        return {}
+    columns = read_columns(index, ("item", "sha256"))
+    return dict(zip(columns["item"].to_pylist(), columns["sha256"].to_pylist(), strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------- what the user names
