@@ -200,11 +200,11 @@ class Fetch:
         with contextlib.ExitStack() as stack:
             with writing(self.folder / ".fetch.lock"):
                 lock = stack.enter_context(open(self.folder / ".fetch.lock", "w"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.show.note(f"another fetch is at work in {self.folder}: waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self.show.note(f"another fetch is at work in {self.folder}: waiting for it")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _check_space(self, plan: Sequence[Planned]) -> None:
@@ -273,7 +273,7 @@ class Fetch:
         if planned.state == "at hand" and planned.path is not None:
             return self._link(wanted, planned.path)
         problems = []
-        for source in self.servers:
+        for source in sorted(self.servers, key=lambda source: source.name in self._silent):  # who was silent to the plan comes last
             if source.down:
                 problems.append(f"{source.name}: {source.down}")
                 continue

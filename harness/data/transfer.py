@@ -117,11 +117,11 @@ def ask(client: httpx2.Client, url: str) -> Answer:
     """
     for _ in range(6):
         try:
-            response = client.head(url, follow_redirects=False)
+            response = client.head(url, follow_redirects=False, timeout=10.0)
         except httpx2.ConnectError as error:
             raise SourceFailed(f"cannot be reached ({_reason(error)})", unreachable=True) from None
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise SourceFailed(_reason(error), unreachable=isinstance(error, httpx2.ConnectTimeout)) from None
+            raise SourceFailed(_reason(error), unreachable=isinstance(error, httpx2.TimeoutException)) from None
         answer = read_answer([response])
         if response.is_success or (response.is_redirect and answer.size is not None):
             return answer

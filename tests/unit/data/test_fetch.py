@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,9 +29,9 @@ from harness.data import fetch as fetching
 from harness.data import transfer
 from harness.data.cli import app
 from harness.data.fetch import Fetch, Fetched, Planned, Show, in_words
-from harness.data.release import PRETRAINING, REVISION, TARGETS, Wanted, choose, sources
+from harness.data.release import PRETRAINING, REVISION, TARGETS, Wanted, choose, first_line_problem, sources
 from harness.data.source import DataError
-from harness.data.transfer import Damaged, DiskFull, Patience, digest_of
+from harness.data.transfer import Answer, Damaged, DiskFull, Patience, digest_of
 from tests.web_server import Content, Drop, Fault, Length, Slow, Stall, Status, WebServer
 
 CATEGORY = "Baby_Products"  # the project's own lock file pins none of its files
@@ -332,8 +334,18 @@ def test_a_hub_that_cannot_be_reached(world):
         dead = f"http://127.0.0.1:{free.getsockname()[1]}"
     fetched = world.fetch(*world.bodies, servers=sources(dead, world.web.url("/mirror")), parallel=2)
     assert [entry.source for entry in fetched] == ["mirror"] * 5
+    assert world.events.waited == []  # the plan found out
+    world.fails("; mirror: ", "refused (3 tries)", folder=world.folder / "deeper", servers=sources(dead, dead))
+
+
+def test_a_hub_that_goes_away(world, monkeypatch):
+    monkeypatch.setattr(Fetch, "_ask", lambda self, source, wanted: Answer("x", 1000))  # it was there when it was asked
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    fetched = world.fetch(*world.bodies, servers=sources(dead, world.web.url("/mirror")), parallel=2)
+    assert [entry.source for entry in fetched] == ["mirror"] * 5
     assert len(world.events.waited) <= 4  # two files at a time found out; the other three did not try
-    world.fails("hub: ", "; mirror: ", folder=world.folder / "deeper", servers=sources(dead, dead))
 
 
 def test_sources_can_be_left_out(world):
@@ -620,6 +632,18 @@ def test_digest_of_plain_and_gzipped(tmp_path, chunk):
     assert digest_of(tmp_path / "empty").size == 0
 
 
+def test_first_lines():
+    train = Wanted("benchmark/5core/last_out/Software.train.csv")
+    for wanted, line, good in (
+        (train, b"user_id,parent_asin,rating,timestamp\r\n", True),
+        (train, b"AFKZ,B0BH,5.0,1424334500000\n", True),
+        (train, b"<!DOCTYPE html>\n", False),
+        (Wanted(REVIEWS), b'{"parent_asin": "B", "x": "' + bytes(1 << 20), True),  # longer than what is looked at
+        (Wanted(REVIEWS), b'{"parent_asin": "B", "x": "\n', False),
+    ):
+        assert bool(first_line_problem(wanted, line[: 1 << 20])) is not good
+
+
 def test_choose():
     assert len(choose()) == 45
     assert choose(["paper"]) == choose() == choose([*TARGETS, *PRETRAINING, "targets"])
@@ -678,6 +702,28 @@ def call(world: World) -> Any:
         return result.output
 
     return invoke
+
+
+def test_bars_and_lines(world, monkeypatch):
+    from rich.console import Console
+
+    from harness.data import fetch_view
+
+    monkeypatch.setattr(fetch_view, "EVERY", 0.0)
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=140, color_system=None)
+        world.hub(REVIEWS, Drop(50_000), delay=0.05, pace=1_000_000.0)
+        with fetch_view.View(console, world.folder) as view:
+            world.fetch(show=view)
+        output = console.file.getvalue()
+        assert "1 files: 0 here, 1 to fetch (187 kB); " in output
+        assert f"{LOCAL}: hub: peer closed connection" in output and "; trying again in " in output
+        assert f"fetched {LOCAL}  187 kB from the hub" in output
+        if terminal:
+            assert f"{LOCAL} hub" in output and "/s" in output and "all files" in output
+        else:
+            assert re.search(r"0 of 1 files, \S+ kB of 187 kB, \S+ .?B/s", output)
+        (world.folder / LOCAL).unlink()
 
 
 def test_dry_run_shows_and_writes_nothing(world, call):
