@@ -27,7 +27,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -215,6 +215,8 @@ class Trained:
     revived: int = 0
     """Codes moved, over all epochs."""
     stopped_by: str = "epochs"
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last point of the curves."""
 
 
 class Training:
@@ -251,13 +253,14 @@ class Training:
 
     def run(self) -> Trained:
         """Train until the epochs or the seconds are spent."""
-        trained, settings = self.trained, self.settings
+        settings, began = self.settings, time.monotonic()
         if self.file.exists():
             self._restore()
         else:
             rows = torch.randperm(len(self.x_ID), generator=self.generator)[: settings.start_rows].to(self.x_ID.device)
             self.model.start(self.x_ID[rows], self.seed)
-        self._began = time.monotonic() - trained.seconds
+        trained = self.trained
+        self._began = began - trained.seconds
         every = max(1, settings.epochs // CURVE_POINTS)
         while trained.epochs < settings.epochs and not (trained.steps and self._spent):
             parts = self._epoch()
@@ -265,8 +268,9 @@ class Training:
             if settings.revive_every and trained.epochs % settings.revive_every == 0 and trained.epochs < settings.epochs:
                 self._revive()
             if trained.epochs % every == 0 or trained.epochs in (1, settings.epochs) or self._spent:
-                codes_IL = self.model.codes(self.x_ID)
-                self.told(trained.epochs, {**{name: float(value) for name, value in parts.items()}, **health(codes_IL, settings.book)})
+                trained.metrics = {name: float(value) for name, value in parts.items()}
+                trained.metrics |= health(self.model.codes(self.x_ID), settings.book)
+                self.told(trained.epochs, trained.metrics)
             trained.seconds = time.monotonic() - self._began
             self._save()
         trained.stopped_by = "epochs" if trained.epochs == settings.epochs else "budget"
