@@ -524,13 +524,16 @@ def test_a_disk_that_fills_up(world, monkeypatch):
 
     monkeypatch.setattr(transfer, "open", opened, raising=False)
     with pytest.raises(DiskFull, match=r"Baby_Products.jsonl.part: the disk is full; free some space and run the command again"):
-        world.fetch(*world.bodies)
-    monkeypatch.undo()
-    assert not [name for name in world.files() if name.endswith((".jsonl", ".csv")) and "5core" not in name]
-    monkeypatch.setenv("NO_PROXY", "*")
+        world.fetch()
+    assert world.files() == [f"{LOCAL}.part", f"{LOCAL}.part.json"]
+    with pytest.raises(DiskFull):  # stops the other files too: their turn comes when there is room
+        world.fetch(*world.bodies, parallel=1)
+    assert all(name.endswith((".part", ".part.json")) for name in world.files())
+    monkeypatch.setattr(transfer, "open", real, raising=False)
     world.web.log.clear()
-    world.fetch()
+    world.fetch(*world.bodies)
     assert world.gets() == ["206 bytes=70000-"]
+    assert len(world.files()) == 6 and (world.folder / LOCAL).read_bytes() == world.bodies[REVIEWS]
 
 
 def test_a_folder_that_cannot_be_written(world, tmp_path):
