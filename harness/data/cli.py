@@ -339,8 +339,11 @@ def _report(summary: DomainSummary) -> None:
     state = "[green]written[/]" if summary.created else "[cyan]there already[/]"
     console.print(f"{state} {summary.name}: {counts} (digest {summary.digest[:12]}) in {_plain(str(summary.path))}", highlight=False)
     dropped = {key: count for key, count in read_private(summary.path).info["dropped"].items() if count}
-    if dropped:
-        console.print("  left out: " + ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in dropped.items()), highlight=False)
+    pictureless = {key: dropped.pop(key) for key in list(dropped) if key.startswith("no_picture_")}
+    for what, counts_of in (("left out", dropped), ("without picture", pictureless)):
+        lines = [f"{count:,} {key.removeprefix('no_picture_').replace('_', ' ')}" for key, count in counts_of.items()]
+        if lines:
+            console.print(f"  {what}: {', '.join(lines)}", highlight=False)
     expected = expected_card(summary.name)
     for line in differences(summary.counts, expected):
         console.print(f"  [yellow]not the {summary.name} of {expected['source'] if expected else '?'}[/]: {line}", highlight=False)
@@ -356,7 +359,8 @@ def _show_card(card: dict[str, object]) -> None:
         label = key.replace("_", " ")
         if isinstance(value, dict) and key not in ("expected",):
             for entry, number in value.items():
-                table.add_row(f"{label}: {entry.replace('_', ' ')}", f"{number:,.2f}" if isinstance(number, float) else f"{number:,}")
+                entry = f"{label}: {entry}".replace("dropped: no_picture_", "without picture: ")
+                table.add_row(entry.replace("_", " "), f"{number:,.2f}" if isinstance(number, float) else f"{number:,}")
         elif key in ("tie_rate", "density", "picture_coverage"):
             table.add_row(label, _share(value))
         elif isinstance(value, int) and not isinstance(value, bool):

@@ -266,26 +266,36 @@ def _digests(index: Path) -> dict[int, str]:
 
 
 def resolve(names: Sequence[str], root: Path) -> dict[str, list[Path]]:
-    """The categories that ``names`` mean, with the folders of their domains: names of domains, of categories, or paper."""
-    from harness.data.simulate import CATEGORIES
+    """The categories that ``names`` mean (domains, categories, groups of them), with the folders of their domains."""
+    from harness.data.release import GROUPS
     from harness.values import nearest
 
-    domains = {summary.name: summary for summary in list_domains(root) if not summary.problem}
-    sources = {name: read_private(summary.path).info.get("source", {}).get("category") for name, summary in domains.items()}
+    domains = {summary.name: (summary, _category(summary.path)) for summary in list_domains(root) if not summary.problem}
     found: dict[str, list[Path]] = {}
-    for name in dict.fromkeys(each for word in names for each in (CATEGORIES if word == "paper" else [word])):
+    for name in dict.fromkeys(each for word in names for each in GROUPS.get(word, (word,))):
         if name in domains:
-            if not sources[name]:
-                raise DataError(f"{root / name} was not prepared from raw files, so nothing says where its pictures are")
-            folders, category = [domains[name].path], str(sources[name])
+            summary, category = domains[name]
+            if not category:
+                raise DataError(f"{summary.path} was not prepared from raw files, so nothing says where its pictures are")
+            folders = [summary.path]
         else:
-            folders = [summary.path for each, summary in domains.items() if sources[each] == name and not summary.simulated]
             category = name
-            if not folders and name not in CATEGORIES:
-                raise DataError(f"{name!r} is neither a domain in {root} nor a category.{nearest(name, [*domains, *CATEGORIES, 'paper'])}")
+            folders = [summary.path for summary, source in domains.values() if source == name and not summary.simulated]
+            if not folders and name not in GROUPS["paper"]:
+                raise DataError(
+                    f"{name!r} is neither a domain in {root} nor a category.{nearest(name, [*domains, *GROUPS['paper'], *GROUPS])}"
+                )
         known = found.setdefault(category, [])
         known += [folder for folder in folders if folder not in known]
     return found
+
+
+def _category(folder: Path) -> str | None:
+    """The category of the raw files that a domain was prepared from."""
+    try:
+        return read_private(folder).info["source"].get("category")
+    except (DataError, KeyError, AttributeError):
+        return None
 
 
 def items_of(category: str, folders: Sequence[Path]) -> list[str]:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from harness.data.fetch import in_words
 from harness.data.picture_store import Outcome, reasons
 from harness.data.pictures import Plan, Show
 
@@ -33,7 +34,7 @@ def plan_table(plans: Mapping[str, Plan], console: Console) -> None:
     for category, plan in plans.items():
         without = len(plan.items) - plan.there - len(plan.jobs)
         counts = (f"{count:,}" for count in (len(plan.items), plan.there, without, len(plan.jobs)))
-        table.add_row(category, *counts, f"{plan.needed / 2**30:,.2f} GiB")
+        table.add_row(category, *counts, in_words(plan.needed))
     console.print(table)
 
 
@@ -72,7 +73,7 @@ class View(Show):
         self.to_fetch, self.begun = len(plan.jobs), time.monotonic()
         self.console.print(
             f"{escape(category)}: {len(plan.items):,} items, {plan.there:,} pictures here, {len(plan.jobs):,} to fetch"
-            f" (about {plan.needed / 2**30:,.2f} GiB)",
+            f" (about {in_words(plan.needed)})",
             highlight=False,
         )
         self.task = self.progress.add_task(escape(category), total=len(plan.jobs), rate="", visible=bool(plan.jobs))
@@ -82,7 +83,7 @@ class View(Show):
         self.arrived += sum(len(result.sent or b"") for result in results)
         done, now = self.seen.total(), time.monotonic()
         seconds = max(1e-3, now - self.begun)
-        rate = f"{done / seconds:,.0f}/s, {self.arrived / seconds / 2**20:,.1f} MiB/s, {self.seen['failed']:,} failed"
+        rate = f"{done / seconds:,.0f}/s, {in_words(int(self.arrived / seconds))}/s, {self.seen['failed']:,} failed"
         self.progress.update(self.task, completed=done, rate=rate)
         if not self.console.is_terminal and now - self.told > EVERY:
             self.told = now

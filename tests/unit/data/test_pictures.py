@@ -524,6 +524,7 @@ def test_a_domain_takes_its_pictures_and_a_new_preparation_downloads_nothing(tmp
     app(["pictures", "games", "--raw", str(raw), "--root", str(root)], standalone_mode=False)
     output = capsys.readouterr().out
     assert "3 of 5 items have a picture (60.00 %), 1 http 404, 1 no url" in output
+    assert "  without picture: 1 http 404, 1 no url" in output
     assert {entry.path for entry in web_server.log} == {f"/I/i{n}.jpg" for n in range(4)}  # the domain's items only
 
     summary = validate_domain(folder)
