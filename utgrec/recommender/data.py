@@ -14,6 +14,7 @@ Legend: R rows, B batch, S tokens of the longest row, N tokens of all rows of a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 
 from harness.contract import HISTORY, Domain, Ragged
-from utgrec.recommender.model import Layout
+from utgrec.recommender.fused import Layout
+from utgrec.recommender.model import IGNORED
 from utgrec.semantic_ids import SemanticIds
 
-FIRST_USER = 2
-"""The first user token; before it padding and end."""
+END, FIRST_USER = 1, 2
+"""The token of the end, and the first user token."""
 
 
 class Batch(NamedTuple):
@@ -44,7 +46,10 @@ class Batch(NamedTuple):
         return len(self.codes_BL)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.tokens_N.to(device, non_blocking=True), self.codes_BL.to(device, non_blocking=True), self.layout)
+        tensors = self.tokens_N, self.codes_BL
+        if torch.device(device).type == "cuda":  # only from pinned memory can the copy run beside the work before it
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.layout)
 
     @staticmethod
     def join(batches: Sequence[Batch]) -> Batch:
@@ -60,6 +65,44 @@ class Batch(NamedTuple):
             rows_of[length] = rows_of.get(length, 0) + len(codes)
         layout = tuple((count, length) for length, count in rows_of.items())
         return Batch(torch.cat([tokens for _, tokens, _ in parts]), torch.cat([codes for *_, codes in parts]), layout)
+
+    def into(self, layout: Layout) -> Batch:
+        """The same rows in a given layout (``stairs``), padded: for compiled programs, which are made for one shape.
+
+        Rows to spare are filled up and ignored by the loss. Where rows are too long for it, all get the longest length.
+        """
+        slots = torch.cat([torch.full((rows,), length) for rows, length in layout])
+        lengths = torch.cat([torch.full((rows,), length) for rows, length in self.layout])
+        if len(lengths) > len(slots) or lengths.max() > slots.max():
+            raise ValueError(f"{len(lengths)} rows of up to {int(lengths.max())} tokens do not fit into the layout {layout}")
+        spare = len(slots) - len(lengths)
+        if (lengths > slots[spare:]).any():
+            return self.into(((len(slots), int(slots.max())),))
+        place = slots.cumsum(0) - slots
+        tokens_N = self.tokens_N.new_zeros(int(slots.sum()))
+        tokens_N[place[:spare]] = END  # attention must have something to look at
+        first = lengths.cumsum(0) - lengths
+        tokens_N[torch.repeat_interleave(place[spare:] - first, lengths) + torch.arange(len(self.tokens_N))] = self.tokens_N
+        filler_BL = self.codes_BL.new_full((spare, self.codes_BL.size(1)), IGNORED)
+        return Batch(tokens_N, torch.cat([filler_BL, self.codes_BL]), layout)
+
+
+def stairs(lengths_R: np.ndarray, batch: int, steps: int = 4) -> Layout:
+    """The layout of ``batch`` rows in at most ``steps`` groups that has the least padding and that nearly every batch fits into.
+
+    Of rows longer than a step a batch drawn from ``lengths_R`` has more than the layout takes once in 30,000 (4 sigma).
+    """
+    lengths, counts = np.unique(lengths_R, return_counts=True)
+    longer = 1.0 - np.cumsum(counts) / counts.sum()  # share of rows longer than each length
+    need = np.minimum(batch, np.ceil(batch * longer + 4 * np.sqrt(batch * longer * (1 - longer)) - 1e-9)).astype(int)
+
+    def layout(cuts: Sequence[int]) -> Layout:
+        edges = [batch, *need[list(cuts)].tolist(), 0]
+        groups = zip(edges, edges[1:], lengths[[*cuts, -1]].tolist(), strict=False)
+        return tuple((above - rest, length) for above, rest, length in groups if above > rest)
+
+    choices = [cuts for n in range(steps) for cuts in itertools.combinations(range(len(lengths) - 1), n)]
+    return min((layout(cuts) for cuts in choices), key=lambda groups: sum(rows * length for rows, length in groups))
 
 
 class Histories:

@@ -16,7 +16,7 @@ Legend: N tokens of a batch, R rows of a piece, S tokens of a row, D width, H he
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +68,13 @@ def scale(p: float) -> float:
 class Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        ctx.mask = kept(x, p).mul_(scale(p))
-        return x * ctx.mask
+        mask = kept(x, p).mul_(scale(p))
+        ctx.save_for_backward(mask)
+        return x * mask
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        return dy * ctx.mask, None
+        return dy * ctx.saved_tensors[0], None
 
 
 def normed(x: Tensor, weight_D: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -88,6 +89,16 @@ def normed_backward(dn: Tensor, x: Tensor, inverse: Tensor, weight_D: Tensor, d_
     d_weight_D += (dn * unit).sum(0)
     dn.mul_(weight_D)
     return dn.sub_(unit.mul_((dn * unit).mean(-1, keepdim=True))).mul_(inverse)
+
+
+def by(size: int, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """What was saved for backward, a tuple a piece."""
+    return zip(*[iter(tensors)] * size, strict=True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In fp32 if it was in half of that."""
+    return x.float() if x.itemsize == 2 else x
 
 
 def add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
@@ -111,23 +122,22 @@ class FeedForward(Function):
             inner = (n.to(dtype) @ wi.t()).relu_()
             if p:
                 inner.mul_(kept(inner, p))
-            h, mask = (inner @ wo.t()).float(), None
+            h, mask = wide(inner @ wo.t()), None
             if p:
                 h.mul_(mask := kept(h, p))
             torch.add(x, h, alpha=factor, out=out)
             if keep:
-                saved.append((inverse, inner, mask))
-        ctx.save_for_backward(x_ND, norm_D, wi, wo)
-        ctx.pieces, ctx.factor = saved, factor
+                saved += inverse, inner, mask
+        ctx.save_for_backward(x_ND, norm_D, wi, wo, *saved)
+        ctx.factor = factor
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, dout_ND: Tensor) -> Any:
-        x_ND, norm_D, wi, wo = ctx.saved_tensors
-        dx_ND, d_norm, d_wi, d_wo = (torch.zeros_like(part, dtype=torch.float32) for part in (x_ND, norm_D, wi, wo))
-        for x, dx, dout, (inverse, inner, mask) in zip(
-            x_ND.split(PIECE), dx_ND.split(PIECE), dout_ND.split(PIECE), ctx.pieces, strict=True
-        ):
+        x_ND, norm_D, wi, wo, *saved = ctx.saved_tensors
+        dx_ND, d_norm, d_wi, d_wo = (torch.zeros_like(part, dtype=x_ND.dtype) for part in (x_ND, norm_D, wi, wo))
+        parts = (whole.split(PIECE) for whole in (x_ND, dx_ND, dout_ND))
+        for x, dx, dout, (inverse, inner, mask) in zip(*parts, by(3, saved), strict=True):
             dh = dout * ctx.factor
             if mask is not None:
                 dh.mul_(mask)
@@ -137,8 +147,7 @@ class FeedForward(Function):
             d_inner = torch.ops.aten.threshold_backward(dh @ wo, inner, 0.0)
             unit = x * inverse
             add_product(d_wi, d_inner, (unit * norm_D).to(wi.dtype))
-            torch.add(dout, normed_backward((d_inner @ wi).float(), x, inverse, norm_D, d_norm), out=dx)
-        ctx.pieces = None
+            torch.add(dout, normed_backward(wide(d_inner @ wi), x, inverse, norm_D, d_norm), out=dx)
         return dx_ND, d_norm, d_wi, d_wo, None
 
 
@@ -155,30 +164,30 @@ class SelfAttention(Function):
             n, inverse = normed(x, norm_D, epsilon)
             qkv = (n.to(dtype) @ w_qkv.t()).view(R, S, 3, H, -1).permute(2, 0, 3, 1, 4).flatten(1, 2)  # [3, R*H, S, E]
             q, k, v = qkv.contiguous()
-            scores = torch.bmm(q, k.transpose(1, 2)).float()
+            scores = wide(torch.bmm(q, k.transpose(1, 2)))
             scores.view(R, H, S, S).add_(bias_HSS[:, :S, :S])
             weights = dropped = torch.softmax(scores, -1)
             if p:
                 dropped = weights * kept(weights, p)
             heads = torch.bmm(dropped.to(dtype), v).view(R, H, S, -1).transpose(1, 2).reshape(R * S, -1)
-            h, mask = (heads @ w_o.t()).float(), None
+            h, mask = wide(heads @ w_o.t()), None
             if p:
                 h.mul_(mask := kept(h, p))
             torch.add(x, h, alpha=factor, out=out_ND[part])
             if keep:
-                saved.append((inverse, q, k, v, weights, dropped, heads, mask))
-        ctx.save_for_backward(x_ND, norm_D, w_qkv, w_o, bias_HSS)
-        ctx.pieces, ctx.layout, ctx.factor = saved, layout, factor
+                saved += inverse, q, k, v, weights, dropped, heads, mask
+        ctx.save_for_backward(x_ND, norm_D, w_qkv, w_o, bias_HSS, *saved)
+        ctx.layout, ctx.factor = layout, factor
         return out_ND
 
     @staticmethod
     def backward(ctx: Any, dout_ND: Tensor) -> Any:
-        x_ND, norm_D, w_qkv, w_o, bias_HSS = ctx.saved_tensors
+        x_ND, norm_D, w_qkv, w_o, bias_HSS, *saved = ctx.saved_tensors
         H, dtype = len(bias_HSS), w_o.dtype
         grads = dx_ND, d_norm, d_qkv, d_o, d_bias = [
-            torch.zeros_like(part, dtype=torch.float32) for part in (x_ND, norm_D, w_qkv, w_o, bias_HSS)
+            torch.zeros_like(part, dtype=x_ND.dtype) for part in (x_ND, norm_D, w_qkv, w_o, bias_HSS)
         ]
-        for (part, _, R, S), (inverse, q, k, v, weights, dropped, heads, mask) in zip(pieces(ctx.layout), ctx.pieces, strict=True):
+        for (part, _, R, S), (inverse, q, k, v, weights, dropped, heads, mask) in zip(pieces(ctx.layout), by(8, saved), strict=True):
             x, dout = x_ND[part], dout_ND[part]
             dh = dout * ctx.factor
             if mask is not None:
@@ -187,7 +196,7 @@ class SelfAttention(Function):
             add_product(d_o, dh, heads)
             d_heads = (dh @ w_o).view(R, S, H, -1).transpose(1, 2).reshape(R * H, S, -1)
             # The gradient of softmax under dropout: dropped * d - weights * sum(dropped * d).
-            d_scores = torch.bmm(d_heads, v.transpose(1, 2)).float().mul_(dropped)
+            d_scores = wide(torch.bmm(d_heads, v.transpose(1, 2))).mul_(dropped)
             d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
             d_bias[:, :S, :S] += d_scores.view(R, H, S, S).sum(0)
             d_scores = d_scores.to(dtype)
@@ -198,8 +207,7 @@ class SelfAttention(Function):
             dv.copy_(torch.bmm(dropped.to(dtype).transpose(1, 2), d_heads).view(dq.shape))
             d_out = d_qkv_piece.view(R * S, -1)
             add_product(d_qkv, d_out, (x * inverse).mul_(norm_D).to(dtype))
-            torch.add(dout, normed_backward((d_out @ w_qkv).float(), x, inverse, norm_D, d_norm), out=dx_ND[part])
-        ctx.pieces = None
+            torch.add(dout, normed_backward(wide(d_out @ w_qkv), x, inverse, norm_D, d_norm), out=dx_ND[part])
         return *grads, None, None
 
 
@@ -211,27 +219,26 @@ class AttendMemory(Function):
         p, out_BQD, saved = how.dropout, torch.empty_like(q_BQD), []
         for part, rows, R, S in pieces(layout):
             memory = memory_ND[part].view(R, S, -1)
-            weights = dropped = torch.softmax(torch.bmm(q_BQD[rows], memory.transpose(1, 2)).float(), -1)
+            weights = dropped = torch.softmax(wide(torch.bmm(q_BQD[rows], memory.transpose(1, 2))), -1)
             if p:
                 dropped = weights * kept(weights, p)
             torch.bmm(dropped.to(memory.dtype), memory, out=out_BQD[rows])
             if how.keep:
-                saved.append((weights, dropped))
-        ctx.save_for_backward(q_BQD, memory_ND)
-        ctx.pieces, ctx.layout, ctx.scale = saved, layout, scale(p)
+                saved += weights, dropped
+        ctx.save_for_backward(q_BQD, memory_ND, *saved)
+        ctx.layout, ctx.scale = layout, scale(p)
         return out_BQD.mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, dout_BQD: Tensor) -> Any:
-        q_BQD, memory_ND = ctx.saved_tensors
+        q_BQD, memory_ND, *saved = ctx.saved_tensors
         dq_BQD, d_memory_ND, dout_BQD = torch.empty_like(q_BQD), torch.empty_like(memory_ND), dout_BQD * ctx.scale
-        for (part, rows, R, S), (weights, dropped) in zip(pieces(ctx.layout), ctx.pieces, strict=True):
+        for (part, rows, R, S), (weights, dropped) in zip(pieces(ctx.layout), by(2, saved), strict=True):
             memory, q, dout = memory_ND[part].view(R, S, -1), q_BQD[rows], dout_BQD[rows]
-            d_scores = torch.bmm(dout, memory.transpose(1, 2)).float().mul_(dropped)
+            d_scores = wide(torch.bmm(dout, memory.transpose(1, 2))).mul_(dropped)
             d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
             d_scores = d_scores.to(q.dtype)
             torch.bmm(d_scores, memory, out=dq_BQD[rows])
             d_memory = torch.bmm(d_scores.transpose(1, 2), q)
             torch.baddbmm(d_memory, dropped.to(q.dtype).transpose(1, 2), dout, out=d_memory_ND[part].view(R, S, -1))
-        ctx.pieces = None
         return dq_BQD, d_memory_ND, None, None

@@ -30,6 +30,8 @@ from utgrec.recommender.fused import Layout
 
 PAD = 0
 """Padding, and what the decoder starts from, as in T5."""
+IGNORED = -100
+"""A code that is no label: rows of a batch that only fill it up."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,7 @@ class T5(nn.Module):
         """[B, L, V]"""
         B, L = codes_BL.shape
         start_B1 = codes_BL.new_full((B, 1), PAD)
-        x_BLD = self.dropped(self.tokens(torch.cat([start_B1, codes_BL[:, :-1]], 1)))
+        x_BLD = self.dropped(self.tokens(torch.cat([start_B1, codes_BL[:, :-1].clamp(min=PAD)], 1)))
         future_LL = torch.full((L, L), -torch.inf, device=x_BLD.device).triu(1)
         bias_HLL = self.decoder_positions(L, L)[0] + future_LL
         ours = Rows(((B, L),), torch.ones_like(codes_BL).flatten())  # no padding here
@@ -316,7 +318,7 @@ class T5(nn.Module):
         else:
             rows = Rows(layout, tokens)
         logits_BLV = self.decode_rows(self.encode_rows(rows), rows, codes_BL)
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), codes_BL.flatten())
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), codes_BL.flatten(), ignore_index=IGNORED)
 
 
 def padding_mask(tokens_BS: Tensor) -> Tensor:
