@@ -15,7 +15,7 @@ if [ "$(id -u)" != 0 ] || [ -n "${KEEP_ROOT:-}" ]; then exec "$@"; fi
 
 owner=$(stat -c %u /app/results)
 group=$(stat -c %g /app/results)
-for folder in /app/data /app/results/local; do   # folders that the engine or this script had to make are root's: hand them over
+for folder in /app/data /app/data/huggingface /app/results/local; do   # folders that the engine or this script had to make are root's: hand them over
   mkdir -p "$folder"
   if [ "$(stat -c %u "$folder")" = 0 ] && [ "$owner" != 0 ]; then chown "$owner:$group" "$folder"; fi
 done

@@ -1,4 +1,4 @@
-"""``harness data``: fetch, import, prepare, simulate, list, card, verify.
+"""``harness data``: fetch, model, import, prepare, simulate, list, card, verify.
 
 In: the command line. Out: domains under the data root, tables on the terminal. Heavy modules are imported inside the
 commands, so that ``harness --help`` stays quick.
@@ -21,11 +21,17 @@ if TYPE_CHECKING:
     from harness.data.source import DomainSummary
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", help="Make and look at domains: fetch, import, prepare, simulate, list, card, verify."
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Make and look at domains, from download to card.",
 )
 
 Root = Annotated[Path | None, typer.Option(help="Folder of the domains. Default: $HARNESS_DATA, else data/domains.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Replace a domain of this name that has other content.")]
+
+
+OTHER_FRAMEWORKS = ["*.onnx*", "*.h5", "*.msgpack", "*.ot", "openvino*", "rust*"]
+"""Files of a hub model that hold the same weights once more."""
 
 
 @contextlib.contextmanager
@@ -140,6 +146,33 @@ def fetch(
             console.print("[yellow]stopped[/]: what has arrived is kept; the same command goes on")
             raise typer.Exit(130) from None
         console.print(f"[green]complete[/]: {len(wanted)} files in {_plain(str(folder))}", highlight=False)
+
+
+@app.command()
+def model(
+    hub_id: Annotated[str, typer.Argument(help="owner/name of a model on the Hugging Face hub.")],
+    revision: Annotated[str | None, typer.Option(help="Commit, tag or branch; configurations pin a commit.")] = None,
+) -> None:
+    """Fetch an encoder's weights into the Hugging Face cache, where methods find them: they have no network.
+
+    The cache is $HF_HOME, else ~/.cache/huggingface; with Docker data/huggingface.
+
+    [bold]Examples[/]
+
+      harness data model sentence-transformers/sentence-t5-base --revision 50c53e206f8b01c9621484a3c0aafce4e55efebf
+    """
+    from huggingface_hub import snapshot_download
+
+    from harness.data.source import DataError
+
+    with _plain_errors():
+        try:
+            folder = snapshot_download(
+                hub_id, revision=revision, ignore_patterns=["*.onnx*", "*.h5", "*.msgpack", "*.ot", "openvino*", "rust*"]
+            )
+        except Exception as error:  # the hub's, the network's and the disk's, of many kinds; all say what was wrong
+            raise DataError(f"{hub_id} could not be fetched: {error}") from error
+        _console().print(f"[green]complete[/]: {_plain(str(folder))}", highlight=False)
 
 
 @app.command()
