@@ -105,7 +105,7 @@ def find_model(encoder: str, revision: str = "", hub: Path | None = None) -> tup
     except Exception as error:  # the kind differs between versions of the library
         raise ContractError(
             f"encoder = {encoder!r}, revision {wanted}: not in the Hugging Face cache at {where}, and methods run without a network. "
-            f"Fetch it beforehand: HF_HOME={where.parent} hf download {encoder} --revision {wanted}"
+            f"Fetch it beforehand: HF_HOME={where.parent} harness data model {encoder} --revision {wanted}"
         ) from error
     return folder, f"{encoder}@{folder.name}"  # a snapshot's folder is named by its commit
 
