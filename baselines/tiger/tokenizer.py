@@ -4,9 +4,9 @@ In: a job and the keys of its configuration. Out: ``SemanticIds`` (L codes and a
 ``Meta``. Sentence embeddings of the texts (embed.py) are prepared, then quantised by an RQ-VAE (rqvae.py) or by residual k-means
 (kmeans.py). Whatever is fitted sees the items that occur in training interactions only; codes are given to all.
 
-LETTER calls ``tokenise`` with a model of its own.
+LETTER calls ``tokenise`` with a model, and perhaps a repair of collisions, of its own.
 
-Legend: I items, T items that occur in training, D width, P components, L levels.
+Legend: I items, T items that occur in training, D width, P components, L levels, K codes of a book, Z width of what is quantised.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SHARED = ("levels", "book")
 
 MakeModel = Callable[[int, rqvae.Settings, torch.Tensor], rqvae.RQVAE]
 """From the input's width, the settings and the numbers of the T training items."""
+Repair = Callable[[SemanticIds, torch.Tensor, torch.Tensor], SemanticIds]
+"""From raw codes, what was quantised [I, Z] and the books [L, K, Z] to ids that name one item each."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def _checked(key: str, value: Any, default: Any) -> Any:
     return value
 
 
-def tokenise(job: Job, settings: Settings, make_model: MakeModel | None = None) -> tuple[SemanticIds, Meta]:
-    """The ids of the job's domain. ``make_model``: another RQ-VAE than TIGER's."""
+def tokenise(job: Job, settings: Settings, make_model: MakeModel | None = None, repair: Repair | None = None) -> tuple[SemanticIds, Meta]:
+    """The ids of the job's domain. ``make_model``: another RQ-VAE than TIGER's. ``repair``: another way than the digit."""
     torch.set_num_threads(job.budget.threads)
     torch.manual_seed(job.seed)
     domain, progress = job.domain, Progress(job)
@@ -132,8 +134,10 @@ def tokenise(job: Job, settings: Settings, make_model: MakeModel | None = None) 
     embedded = time.monotonic()
     x_ID = prepare(torch.from_numpy(embeddings.x_ID), items_T, settings).to(job.device)
     quantise = _rkmeans if settings.quantiser == "rkmeans" else _rqvae
-    codes_IL, meta = quantise(job, settings, x_ID, items_T.to(job.device), progress, make_model)
-    ids = ExtraDigit().repair(SemanticIds.of(codes_IL.cpu().numpy(), widths=(settings.book,) * settings.levels))
+    quantised_IZ, books_LKZ, meta = quantise(job, settings, x_ID, items_T.to(job.device), progress, make_model)
+    codes_IL = residual_codes(quantised_IZ, books_LKZ)[0]
+    raw = SemanticIds.of(codes_IL.cpu().numpy(), widths=(settings.book,) * settings.levels)
+    ids = repair(raw, quantised_IZ, books_LKZ) if repair else ExtraDigit().repair(raw)
     meta.timings = {"embed": embedded - begin, "fit": time.monotonic() - embedded, **meta.timings}
     about = {"inputs": _in_words(settings, x_ID), "quantiser": settings.quantiser, "items_trained_on": len(items_T)}
     report = {**embeddings.about, **about, **meta.extra, **health(codes_IL, settings.book), **ids.report}
@@ -144,7 +148,7 @@ def tokenise(job: Job, settings: Settings, make_model: MakeModel | None = None) 
 
 def _rkmeans(
     job: Job, settings: Settings, x_ID: torch.Tensor, items_T: torch.Tensor, progress: Progress, make_model: MakeModel | None
-) -> tuple[torch.Tensor, Meta]:
+) -> tuple[torch.Tensor, torch.Tensor, Meta]:
     x_TD = x_ID[items_T]
     spread = float((x_TD - x_TD.mean(0)).square().sum(1).mean()) or 1.0
     found = residual_kmeans(
@@ -157,12 +161,12 @@ def _rkmeans(
         told=lambda level, error: progress.log(level, of=settings.levels, reconstruction=error, unexplained=error / spread),
     )
     extra = {"reconstruction": found.error_L[-1], "unexplained": found.error_L[-1] / spread}
-    return residual_codes(x_ID, found.books_LKD)[0], Meta(parameters=found.books_LKD.numel(), stopped_by="closed form", extra=extra)
+    return x_ID, found.books_LKD, Meta(parameters=found.books_LKD.numel(), stopped_by="closed form", extra=extra)
 
 
 def _rqvae(
     job: Job, settings: Settings, x_ID: torch.Tensor, items_T: torch.Tensor, progress: Progress, make_model: MakeModel | None
-) -> tuple[torch.Tensor, Meta]:
+) -> tuple[torch.Tensor, torch.Tensor, Meta]:
     x_TD = x_ID[items_T]
     spread = float((x_TD - x_TD.mean(0)).square().mean()) or 1.0
 
@@ -185,7 +189,7 @@ def _rqvae(
         precision="fp32",
         extra=extra,
     )
-    return model.codes(x_ID), meta
+    return model.encode(x_ID), model.books_LKZ.detach(), meta
 
 
 def _plain(width: int, settings: rqvae.Settings, items_T: torch.Tensor) -> rqvae.RQVAE:
