@@ -79,8 +79,8 @@ class Settings:
     def take(cls, configuration: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
         """The settings in a method's configuration, and the keys that are left. Raises ContractError for a wrong value."""
         rest = dict(configuration)
-        own = {name: _checked(name, rest.pop(name), getattr(cls, name)) for name in OWN_KEYS if name in rest}
-        vae = {name: _checked(key, rest.pop(key), getattr(rqvae.Settings, name)) for key, name in VAE_KEYS.items() if key in rest}
+        own = {name: checked(name, rest.pop(name), getattr(cls, name)) for name in OWN_KEYS if name in rest}
+        vae = {name: checked(key, rest.pop(key), getattr(rqvae.Settings, name)) for key, name in VAE_KEYS.items() if key in rest}
         vae |= {name: own[name] for name in SHARED if name in own}
         if wrong := [key for key in rest if key.startswith(PREFIX)]:
             near = difflib.get_close_matches(wrong[0], VAE_KEYS, 1)
@@ -97,7 +97,7 @@ KEYS = (*OWN_KEYS, *VAE_KEYS)
 """What decides the ids: ``uses`` of the stage in method.toml names these."""
 
 
-def _checked(key: str, value: Any, default: Any) -> Any:
+def checked(key: str, value: Any, default: Any) -> Any:
     """TOML knows 1 and 1.0 apart and Python's True is a 1: take the kind of the default, and a whole number for a float."""
     if isinstance(default, tuple):
         if isinstance(value, list | tuple) and all(type(width) is int and width > 0 for width in value):
