@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.contract import ContractError, Domain, Ragged
-from utgrec.recommender.data import Batch, Histories
+from utgrec.recommender.data import Batch, Histories, stairs
+from utgrec.recommender.fused import Layout
 from utgrec.semantic_ids import SemanticIds
 
 
@@ -83,6 +84,11 @@ class Mixture:
         first, last = start // size, -(-(start + count) // size)
         passes = [np.random.default_rng([self.seed, 1, domain, i]).permutation(size) for i in range(first, last)]
         return self.ends_D[domain] - size + np.concatenate([np.empty(0, np.int64), *passes])[start - first * size :][:count]
+
+    def layout(self, size: int) -> Layout:
+        """One layout that nearly every ``size`` rows of an epoch fit into, with little padding: for compiled programs."""
+        lengths_R = np.concatenate([part.lengths for part in self.parts])
+        return stairs(lengths_R[self.order(0)], size)
 
     def tokens(self, rows: np.ndarray) -> Batch:
         if len(self.parts) == 1:

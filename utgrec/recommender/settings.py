@@ -37,7 +37,7 @@ class Settings:
     dropout: float = 0.1
     """The same in TIGER."""
     user_tokens: int = 1
-    """Tokens that stand for users, user number modulo. 1: one token for all (MTGRec). TIGER: 2,000."""
+    """Tokens that stand for users, user number modulo. 1: one token for all (MTGRec). 0: none. TIGER: 2,000."""
 
     # ---------------------------------------------------------------------------------------------------- training
     batch: int = 256
@@ -86,8 +86,10 @@ class Settings:
             self._check_type(field.name, field.type)
         at_least = {
             **dict.fromkeys(("d_model", "d_ff", "heads", "d_kv", "encoder_layers", "decoder_layers"), 1),
-            **dict.fromkeys(("user_tokens", "batch", "accumulate", "epochs", "eval_every", "valid_beams", "beams"), 1),
-            **dict.fromkeys(("weight_decay", "clip", "warmup_steps", "schedule_epochs", "valid_users", "dropout", "learning_rate_end"), 0),
+            **dict.fromkeys(("batch", "accumulate", "epochs", "eval_every", "valid_beams", "beams"), 1),
+            **dict.fromkeys(
+                ("user_tokens", "weight_decay", "clip", "warmup_steps", "schedule_epochs", "valid_users", "dropout", "learning_rate_end"), 0
+            ),
         }
         for name, least in at_least.items():
             if getattr(self, name) < least:

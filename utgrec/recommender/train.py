@@ -43,8 +43,11 @@ class Training:
         )
         self.tries = [Trie.of(corpus.ids, processes.device) for corpus in corpora]
         self.total = settings.epochs * self.mixture.steps_per_epoch
-        self.compiled = settings.compile == "on" or (settings.compile == "auto" and processes.device.type == "cuda")
+        cuda = processes.device.type == "cuda"
+        self.compiled = settings.compile == "on" or (settings.compile == "auto" and cuda)
         self.forward = torch.compile(model) if self.compiled else model
+        part = -(-settings.batch // (processes.world * settings.accumulate))  # rows that go through the model together, at most
+        self.layout = self.mixture.layout(part) if self.compiled or cuda else None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
         self.step, self.validated, self.spent = 0, 0, 0.0
         self.best: dict[str, torch.Tensor] | None = None
@@ -109,8 +112,11 @@ class Training:
 
     def part_loss(self, rows: np.ndarray) -> torch.Tensor:
         """Mean cross-entropy over the codes of these rows."""
+        batch = self.mixture.tokens(rows)
+        if self.layout:  # few shapes to compile, few kernels to launch; on a CPU rows as long as they are
+            batch = batch.into(self.layout)
         with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
-            return self.forward(*self.mixture.tokens(rows).to(self.processes.device))
+            return self.forward(*batch.to(self.processes.device))
 
     def dropout_seed(self) -> int:
         """Each step has its own, so that no generator's state need be kept; processes drop out different numbers."""

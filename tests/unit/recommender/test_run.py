@@ -42,26 +42,26 @@ def lists(job: Job, name: str = "predictions.npz") -> np.ndarray:
 
 
 def test_from_ids_to_predictions(tmp_path: Path) -> None:
-    users, items = 150, 40
+    users, items = 150, 20
     targets = write_domain(tmp_path / "public", markov_histories(users, items, length=(6, 14)), items)
     job = small.make_job(tmp_path / "job", Domain.read(tmp_path / "public"))
-    meta = run(job, small.ids_of(items, width=7), extra={"encoder": "none"}, epochs=12, dropout=0.0, beams=20)
+    meta = run(job, small.ids_of(items, width=20), extra={"encoder": "none"}, epochs=10, batch=64, learning_rate=0.02, dropout=0.0)
     recall = (lists(job)[:, :10] == targets[:, None]).any(1).mean()
-    assert recall > 0.45  # chance is 10 of 40
+    assert recall > 0.65  # chance is 10 of 20
     valid = (lists(job, "valid_predictions.npz")[:, :10] == job.domain.valid[:, None]).any(1).mean()
-    assert valid > 0.45
+    assert valid > 0.65
     assert sorted(path.name for path in job.output.iterdir()) == ["meta.json", "predictions.npz", "progress.jsonl", "valid_predictions.npz"]
     assert meta.stopped_by == "epochs"
     assert meta.best_valid is not None
     assert meta.best_valid > 0.2
-    assert meta.steps == 12 * -(-len(job.domain.training_rows()[1]) // 32)
+    assert meta.steps == 10 * -(-len(job.domain.training_rows()[1]) // 64)
     assert set(meta.timings) == {"fit", "predict", "predict_valid"}
     assert meta.parameters is not None
-    assert meta.parameters > 24 * 16
+    assert meta.parameters > 63 * 16
     expected = {
-        "encoder": "none", "codes": "7 x 7 x 7", "books": "0, 1, 2", "vocabulary": 2 + 1 + 21, "constrained": True, "sampling": False,
-        "beams": 20, "beams_valid": 20, "beams_while_training": 10, "history": 20, "user_tokens": 1, "sliding_window": True,
-        "schedule": "cosine, peak 0.01 over 12 epochs to 0, 0 steps of warm-up", "checkpoint_metric": "NDCG@10 of all users, beam 10",
+        "encoder": "none", "codes": "20 x 20 x 20", "books": "0, 1, 2", "vocabulary": 2 + 1 + 60, "constrained": True, "sampling": False,
+        "beams": 50, "beams_valid": 50, "beams_while_training": 10, "history": 20, "user_tokens": 1, "sliding_window": True,
+        "schedule": "cosine, peak 0.02 over 10 epochs to 0, 0 steps of warm-up", "checkpoint_metric": "NDCG@10 of all users, beam 10",
         "started_from": "random weights", "invalid_share_at_10": 0.0, "compiled": False, "processes": 1,
     }  # fmt: skip
     assert meta.extra == expected
@@ -69,7 +69,7 @@ def test_from_ids_to_predictions(tmp_path: Path) -> None:
 
 def test_free_decoding_reports_its_invalid_share(tmp_path: Path, domain: Domain) -> None:
     job = small.make_job(tmp_path, domain)
-    meta = run(job, epochs=1, constrained=False)
+    meta = run(job, epochs=3, constrained=False)
     share = float((lists(job)[:, :10] < 0).mean())
     assert 0 < share < 1
     assert meta.extra["invalid_share_at_10"] == pytest.approx(share)
