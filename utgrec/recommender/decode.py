@@ -4,18 +4,24 @@ In: a trained ``T5``, the ``Trie`` of a domain, the histories of its users. Out:
 
 Textbook beam search of a fixed number of codes (design: rules of measurement). The score of a beam is the sum, in fp32, of
 log-softmax values over the whole vocabulary, not renormalised over legal children. Of equal scores the one from the lower
-beam comes first, then the lower code. A user starts with one beam, which widens to K; nothing is sampled; a beam that
-has no legal child ends, and where a domain has fewer items than K the list ends with -1. Items that share a leaf follow each
-other in the trie's order until the list is full.
+beam comes first, then the lower code. A user starts with one beam, which widens to K; nothing is sampled, so beams are
+distinct; a beam without legal child ends, and where a domain has fewer items than K the list ends with -1. Items that share a
+leaf follow each other in the trie's order until the list is full.
 
 Free decoding (``constrained=False``) may write any token; a tuple that no item has is a spent slot (-1).
 
-Legend: U users, B users of a batch, S encoder tokens, K beams, k items of a list, L codes an item, F fan-out, V vocabulary.
+``recommend`` streams the users through ``Search``, which does a batch; inference.py holds the model's side of it. Nothing
+in a step waits for the device or depends on values there: the shapes of a batch follow from its number of users, the
+length of their histories and the trie.
+
+Legend: U users, B users of a batch, S encoder tokens, K beams, k items of a list, L codes an item, T start token and codes
+written so far, F largest fan-out of a level, N nodes of a level, M = B x K, D width, I width of all heads, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,12 +29,14 @@ import torch
 from torch import Tensor
 
 from utgrec.recommender.data import FIRST_USER
-from utgrec.recommender.inference import Inference, KeysValues
+from utgrec.recommender.inference import Inference, Weights
 from utgrec.recommender.model import PAD, T5
 from utgrec.recommender.trie import Trie
 
-ROWS = {"cpu": 400, "cuda": 1 << 16}
-"""Beams that are advanced together. On a CPU so few that their activations stay in the cache; on a GPU many to fill it."""
+ROWS = {"cpu": 500, "cuda": 1 << 16}
+"""Beams that are advanced together. On a CPU so few that their activations stay in the cache; on a GPU enough to fill it."""
+OPENINGS = 1 << 16
+"""A level of more nodes gets no table of openings: 134 MB at TIGER's size."""
 
 
 class Histories(Protocol):
@@ -55,7 +63,6 @@ class Lists(NamedTuple):
     """The same of all k slots."""
 
 
-@torch.inference_mode()
 def recommend(
     model: T5,
     trie: Trie,
@@ -67,85 +74,159 @@ def recommend(
     constrained: bool = True,
     precision: str = "fp32",
 ) -> Lists:
-    """The k best items of every user by beam search. ``batch``: users decoded together; None chooses."""
+    """The k best items of every user. ``batch``: users decoded together; None chooses. On a CPU as many threads as torch may use."""
     if not 1 <= k <= beams:
-        raise ValueError(f"k = {k} items cannot come from {beams} beams; use k between 1 and the beam width")
-    inference = Inference(model, precision)
-    device = inference.device
-    trie = trie.to(device)
-    first_code = FIRST_USER + histories.user_tokens
-    items_Uk = torch.empty(len(histories), k, dtype=torch.int32, device=device)
-    scores_Uk = torch.empty(len(histories), k, device=device)
-    for rows_B, padded in batches(histories.lengths, batch or users_together(histories.lengths, beams, device.type)):
-        tokens_BS = histories.rows(rows_B)
-        leaves_BK, scores_BK = search(inference, trie, tokens_BS.to(device), padded, beams, first_code, constrained)
-        items_Bk, beam_Bk = trie.ranked(leaves_BK, k)
-        rows_B = torch.from_numpy(rows_B).to(device)
-        items_Uk[rows_B] = items_Bk
-        scores_Uk[rows_B] = scores_BK.gather(1, beam_Bk.clamp(min=0).long()).masked_fill_(beam_Bk < 0, -torch.inf)
+        raise ValueError(f"k = {k} items cannot come from {beams} beams; use a k from 1 to the beam width")
+    weights, users = Weights.of(model, precision), len(histories)
+    device = weights.tokens_VD.device
+    search = Search(weights, trie.to(device), beams, FIRST_USER + histories.user_tokens, constrained, users)
+    items_Uk = torch.empty(users, k, dtype=torch.int32, device=device)
+    scores_Uk = torch.empty(users, k, device=device)
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    todo = iter(list(batches(histories.lengths, lambda length: batch or search.room(length, threads))))
+
+    @torch.inference_mode()
+    def work() -> None:
+        inference = Inference(weights)
+        for rows_B, padded in todo:
+            tokens_BS = histories.rows(rows_B)
+            if device.type == "cuda":
+                tokens_BS = tokens_BS.pin_memory().to(device, non_blocking=True)
+            leaf_BK, score_BK = search(inference, tokens_BS, padded)
+            items_Bk, beam_Bk = search.trie.ranked(leaf_BK, k)
+            places_B = torch.from_numpy(rows_B).to(device, non_blocking=True)
+            items_Uk[places_B] = items_Bk
+            scores_Uk[places_B] = torch.where(beam_Bk < 0, -torch.inf, score_BK.gather(1, beam_Bk.clamp(min=0).long()))
+
+    in_threads(work, threads)
     items, scores = items_Uk.cpu().numpy(), scores_Uk.cpu().numpy()
     spent = (items < 0) & np.isfinite(scores)
     return Lists(items, scores, *(float(part.mean()) if part.size else 0.0 for part in (spent[:, :10], spent)))
 
 
-def users_together(lengths_U: np.ndarray, beams: int, device: str) -> int:
-    return max(1, ROWS[device] // max(beams, int(lengths_U.max(initial=1))))
+def exhaustive(model: T5, trie: Trie, histories: Histories, *, k: int) -> Lists:
+    """The same with a beam as wide as the trie, which scores every item. Of a model's worth it says all; it takes its time."""
+    return recommend(model, trie, histories, k=k, beams=max(k, trie.n_leaves))
 
 
-def batches(lengths_U: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Users of like length together, so that short histories do not pay for long ones; and whether any has to be padded."""
-    order_U = np.argsort(lengths_U, kind="stable")
-    for start in range(0, len(order_U), size):
-        rows_B = order_U[start : start + size]
+def beam_recall(model: T5, trie: Trie, histories: Histories, *, beams: int, at: int = 10) -> float:
+    """Share of the ``at`` best items of exhaustive scoring that beam search finds among its ``at`` best."""
+    best_Uk, found_Uk = (
+        lists.items_UK for lists in (exhaustive(model, trie, histories, k=at), recommend(model, trie, histories, k=at, beams=beams))
+    )
+    hit_Uk = (best_Uk[:, :, None] == found_Uk[:, None, :]).any(2)
+    return float(hit_Uk[best_Uk >= 0].mean())
+
+
+def batches(lengths_U: np.ndarray, size: Callable[[int], int]) -> Iterator[tuple[np.ndarray, bool]]:
+    """Users of like length together, so that short histories do not pay for long ones, and whether any has to be padded.
+
+    ``size`` says how many histories of a length fit together.
+    """
+    order_U = np.argsort(-lengths_U, kind="stable")
+    start = 0
+    while start < len(order_U):
+        rows_B = order_U[start : start + size(int(lengths_U[order_U[start]]))]
+        start += len(rows_B)
         yield rows_B, bool(lengths_U[rows_B[0]] != lengths_U[rows_B[-1]])
 
 
-def search(
-    model: Inference, trie: Trie, tokens_BS: Tensor, padded: bool, beams: int, first_code: int, constrained: bool
-) -> tuple[Tensor, Tensor]:
-    """Leaves [B, K] (-1 where there is none) and scores [B, K] of the best beams, best first."""
-    memory = model.read(tokens_BS, padded)
-    users, device = len(tokens_BS), tokens_BS.device
-    state_BK = torch.zeros(users, 1, dtype=torch.int32, device=device)
-    score_BK = torch.zeros(users, 1, device=device)
-    prefix_BKT = torch.full((users, 1, 1), PAD, device=device)
-    past: list[list[KeysValues]] = [[] for _ in model.decoder[1:]]
-    for number, level in enumerate(trie.levels):
-        x, q = model.opening(prefix_BKT.flatten(0, 1))
-        log_p_BKV = model.step(x, q, memory, past).log_softmax(-1).view(users, state_BK.size(1), -1)
+def in_threads(work: Callable[[], None], threads: int) -> None:
+    """``work`` in so many threads of one core each: halves of the users never wait for each other, halves of a product would."""
+    if threads == 1:
+        return work()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work) for _ in range(threads)]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Search:
+    """Beam search of one batch of users: ``search(inference, tokens, padded) -> leaves, scores``."""
+
+    def __init__(self, weights: Weights, trie: Trie, beams: int, first_code: int, constrained: bool, users: int):
+        """``users`` in all: a table of openings has to pay for itself."""
+        self.weights, self.trie, self.beams, self.constrained = weights, trie, beams, constrained
+        self.first_L = [first_code + level.offset for level in trie.levels]
+        self.openings_L: list[tuple[Tensor, Tensor] | None] = [None] * trie.length
         if constrained:
-            codes_BKF, nodes_BKF = trie.candidates(number, state_BK)
-            tokens_BKF = codes_BKF.long() + (first_code + level.offset)
-            scores_BKF = (score_BK[..., None] + log_p_BKV.gather(-1, tokens_BKF)).masked_fill_(nodes_BKF < 0, -torch.inf)
-            score_BK, place_BK = best(scores_BKF.flatten(1), beams)
-            parent_BK = place_BK // codes_BKF.size(-1)
-            state_BK, token_BK = (of.flatten(1).gather(1, place_BK) for of in (nodes_BKF, tokens_BKF))
-        else:
-            score_BK, place_BK = best((score_BK[..., None] + log_p_BKV).flatten(1), beams)
-            parent_BK, token_BK = place_BK // log_p_BKV.size(-1), place_BK % log_p_BKV.size(-1)
-            state_BK = trie.step(number, state_BK.gather(1, parent_BK), token_BK - (first_code + level.offset))
-        prefix_BKT = torch.cat([prefix_BKT.gather(1, parent_BK[..., None].expand(-1, -1, number + 1)), token_BK[..., None]], -1)
-        past = [[reordered(part, parent_BK) for part in layer] for layer in past]
-    return state_BK, score_BK
+            self.openings_L = list(self._openings(min(OPENINGS, users * beams)))
+
+    @torch.inference_mode()
+    def _openings(self, most: int) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """What ``Inference.opening`` gives for each node of a level, x [N, D] and q [N, I]; None if there are more than ``most``."""
+        inference, shape, piece = Inference(self.weights), self.weights.shape, ROWS[self.trie.device.type]
+        prefix_NT = torch.full((1, 1), PAD, device=self.trie.device)
+        for level, first in zip(self.trie.levels, self.first_L, strict=True):
+            if level.n_nodes <= most:
+                x_ND = prefix_NT.new_empty(level.n_nodes, shape.d_model, dtype=torch.float32)
+                q_NI = prefix_NT.new_empty(level.n_nodes, shape.inner, dtype=self.weights.dtype)
+                for x, q, prefix in zip(x_ND.split(piece), q_NI.split(piece), prefix_NT.split(piece), strict=True):
+                    for table, part in zip((x, q), inference.opening(prefix), strict=True):
+                        table.copy_(part)
+                yield x_ND, q_NI
+            else:
+                yield None
+            parent_C = torch.arange(level.n_nodes, device=prefix_NT.device).repeat_interleave(level.count_N[:-1])
+            prefix_NT = torch.cat([prefix_NT[parent_C], level.codes_C.long()[:, None] + first], 1)
+
+    def room(self, length: int, threads: int) -> int:
+        """How many histories of so many tokens to decode together: what fills the device, and fits."""
+        shape, device = self.weights.shape, self.trie.device
+        rows = ROWS[device.type]
+        wide = 2 * shape.vocabulary + shape.d_ff + 2 * shape.inner * (2 * self.trie.length * shape.decoder_layers + 3)
+        numbers = self.beams * wide + length * (shape.d_ff + shape.inner * (2 * shape.decoder_layers + 5))
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
+        return max(1, min(rows // self.beams, 2 * rows // length, free // 2 // threads // (4 * numbers)))
+
+    def __call__(self, inference: Inference, tokens_BS: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
+        """Leaves [B, K] (-1 where there is none) and scores [B, K] of the best beams, best first."""
+        memory, users = inference.read(tokens_BS, padded), len(tokens_BS)
+        state_BK = torch.zeros(users, 1, dtype=torch.int32, device=tokens_BS.device)
+        score_BK = torch.zeros(users, 1, device=tokens_BS.device)
+        prefix_BKT = torch.full((users, 1, 1), PAD, device=tokens_BS.device)
+        past: list[list[Tensor]] = [[] for _ in self.weights.decoder[1:]]
+        for number, opening in enumerate(self.openings_L):
+            if opening is None:
+                x_MD, q_MI = inference.opening(prefix_BKT.flatten(0, 1))
+            else:
+                x_MD, q_MI = (table.index_select(0, state_BK.flatten().clamp(min=0)) for table in opening)
+            log_p_BKV = inference.step(x_MD, q_MI, memory, past).view(*score_BK.shape, -1)
+            widen = self._legal if self.constrained else self._free
+            score_BK, state_BK, parent_BK, token_BK = widen(number, score_BK, state_BK, log_p_BKV)
+            if number + 1 < self.trie.length:
+                written_BKT = prefix_BKT.gather(1, parent_BK[..., None].expand(-1, -1, number + 1))
+                prefix_BKT = torch.cat([written_BKT, token_BK[..., None]], -1)
+                past = inference.reordered(past, parent_BK)
+        return state_BK, score_BK
+
+    def _legal(self, number: int, score_BK: Tensor, state_BK: Tensor, log_p_BKV: Tensor) -> tuple[Tensor, ...]:
+        """The best children of all beams in the trie. Only legal ones are looked at: few, where a level has many codes."""
+        codes_BKF, nodes_BKF = self.trie.candidates(number, state_BK)
+        tokens_BKF = codes_BKF.long() + self.first_L[number]
+        scores_BKF = score_BK[..., None] + log_p_BKV.gather(-1, tokens_BKF)
+        score_BK, place_BK = best(scores_BKF.masked_fill_(nodes_BKF < 0, -torch.inf).flatten(1), self.beams)
+        state_BK, token_BK = (of.flatten(1).gather(1, place_BK) for of in (nodes_BKF, tokens_BKF))
+        return score_BK, state_BK, place_BK // codes_BKF.size(-1), token_BK
+
+    def _free(self, number: int, score_BK: Tensor, state_BK: Tensor, log_p_BKV: Tensor) -> tuple[Tensor, ...]:
+        """The best of all tokens. A beam that no item begins with goes on with state -1."""
+        score_BK, place_BK = best((score_BK[..., None] + log_p_BKV).flatten(1), self.beams)
+        parent_BK, token_BK = place_BK // log_p_BKV.size(-1), place_BK % log_p_BKV.size(-1)
+        state_BK = self.trie.step(number, state_BK.gather(1, parent_BK), token_BK - self.first_L[number])
+        return score_BK, state_BK, parent_BK, token_BK
 
 
 def best(scores_BN: Tensor, beams: int) -> tuple[Tensor, Tensor]:
     """The ``beams`` highest scores of each row and their places; of equal scores the lower place comes first.
 
-    ``topk`` leaves open which of equal scores it takes. So the place is made part of the key: a score is not above 0, so the
-    bits of its absolute value, read as a whole number, rise as the score falls.
+    ``topk`` leaves open which of equal scores it takes. So the place is made part of the key: no score is above 0, so the bits
+    of its absolute value, read as a whole number, rise as the score falls.
     """
     place_N = torch.arange(scores_BN.size(1), device=scores_BN.device)
     key_BN = (scores_BN.abs().view(torch.int32).long() << 32) | place_N
     place_BK = key_BN.topk(min(beams, len(place_N)), largest=False).values & 0xFFFFFFFF
     return scores_BN.gather(1, place_BK), place_BK
-
-
-def reordered(keys_values: KeysValues, parent_BK: Tensor) -> KeysValues:
-    """Keys and values of a step before, as the beams of now need them. What all beams share stays as it is."""
-    k, v = keys_values
-    users, beams = k.shape[:2]
-    if beams == 1:
-        return keys_values
-    rows_M = (parent_BK + torch.arange(users, device=parent_BK.device)[:, None] * beams).flatten()
-    return tuple(part.reshape(-1, *part.shape[2:]).index_select(0, rows_M).view(users, -1, *part.shape[2:]) for part in (k, v))

@@ -1,196 +1,257 @@
 """A trained T5 made ready for beam search: the same function as ``model.T5``, its work arranged for many beams a user.
 
-In: a ``T5``, a precision. Out: ``Inference``: reads histories once a user, then advances all beams by one code a step.
+In: a ``T5`` and a precision (``Weights.of``). Out: ``Inference``: reads histories once a user (``read``), then advances all
+beams by one code a step (``opening``, ``step``).
 
-What is arranged, once, when it is built:
+The matrix products are all but a few percent of the time and cannot be avoided, so what is left is to do nothing else:
 
-- The weight of each RMS norm is folded into the projection behind it, the scale of the tied embeddings into the head.
-- Keys and values of the encoder's output are made once a user and layer; all beams of a user are the queries of one attention.
-- T5 adds no positions to its embeddings, so queries, keys and values of a first layer depend on the token alone: they are
-  looked up. In the decoder everything before the first cross-attention depends on the codes written so far alone, not on
-  the user (``opening``): decoding over a trie can look it up by node.
+- The weight of each RMS norm is folded into the product behind it, the scale of the tied embeddings into the head.
+- The encoder's output becomes keys and values once a user and layer; all beams of a user are the queries of one attention.
+- T5 adds no positions to its embeddings, so queries, keys and values of a first layer depend on the token alone: a table.
+  In the decoder all that comes before the first cross-attention depends on the codes written so far alone, not on the user
+  (``opening``): a search over a trie looks it up by node.
+- Residuals are summed by the product itself; large results go to buffers that live as long as the search (``Buffers``).
 
-The residual stream is fp32 in every precision; bf16 is the precision of the products, of keys, values and attention.
+What each gives is in results/performance/decoding.md. The residual stream is fp32 in every precision; bf16 is the precision
+of the products, of keys, values and attention.
 
-Legend: B users, S encoder tokens, K beams a user, M = B x K rows, T codes written so far and the start token, N prefixes,
-D width, H heads, E head width, I = H x E, F inner width, V vocabulary.
+Legend: B users, S encoder tokens, K beams a user, M = B x K rows (or B x S), T start token and codes written so far,
+N prefixes, D width, H heads, E head width, I = H x E, F inner width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utgrec.recommender.model import PAD, T5, RMSNorm
+from utgrec.recommender.model import PAD, T5, RelativePositions, RMSNorm, Shape
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-KeysValues = tuple[Tensor, Tensor]
-"""Keys and values, each [B, S or K, H, E]."""
 
+class Layer(NamedTuple):
+    """Weights [in, out], so that rows of activations are multiplied from the left. Norms are folded in."""
 
-class EncoderWeights(NamedTuple):
-    """[in, out], so that a row of activations is multiplied from the left."""
-
-    qkv_D3I: Tensor
+    q_DI: Tensor
+    kv_D2I: Tensor
     o_ID: Tensor
     wi_DF: Tensor
     wo_FD: Tensor
+    cross_q_DI: Tensor | None = None
+    cross_kv_D2I: Tensor | None = None
+    cross_o_ID: Tensor | None = None
 
 
-class DecoderWeights(NamedTuple):
-    qkv_D3I: Tensor
-    o_ID: Tensor
-    cross_q_DI: Tensor
-    cross_o_ID: Tensor
-    wi_DF: Tensor
-    wo_FD: Tensor
+@dataclass(frozen=True)
+class Weights:
+    """Everything of a model that decoding needs; nothing here changes, so threads may share it."""
+
+    shape: Shape
+    dtype: torch.dtype
+    tokens_VD: Tensor
+    encoder: list[Layer]
+    decoder: list[Layer]
+    head_DV: Tensor
+    first_encoder: tuple[Tensor, Tensor]
+    """q [V, I] and kv [V, 2I] of every token in the first encoder layer."""
+    first_decoder: tuple[Tensor, Tensor]
+    encoder_positions: RelativePositions
+    decoder_positions: RelativePositions
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: T5, precision: str = "fp32") -> Weights:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+        shape, dtype = model.shape, PRECISIONS[precision]
+
+        def ready(weight_OD: Tensor, norm: RMSNorm | None = None) -> Tensor:
+            weight_OD = weight_OD.float() if norm is None else weight_OD.float() * norm.weight.float()
+            return weight_OD.T.to(dtype).contiguous()
+
+        def layer(part: nn.Module) -> Layer:
+            own, inner = part.attention, part.feed_forward
+            q, kv = own.qkv.weight.split([shape.inner, 2 * shape.inner])
+            wi, wo = ready(inner.wi.weight, inner.norm), ready(inner.wo.weight)
+            weights = Layer(ready(q, own.norm), ready(kv, own.norm), ready(own.o.weight), wi, wo)
+            if not hasattr(part, "cross"):
+                return weights
+            q, kv = ready(part.cross.q.weight, part.cross.norm), ready(part.cross.kv.weight, model.encoder_norm)
+            return weights._replace(cross_q_DI=q, cross_kv_D2I=kv, cross_o_ID=ready(part.cross.o.weight))
+
+        encoder, decoder = [layer(part) for part in model.encoder], [layer(part) for part in model.decoder]
+        tokens_VD = model.tokens.weight.detach().float().clone()
+        normed_VD = F.rms_norm(tokens_VD, tokens_VD.shape[-1:], None, shape.epsilon).to(dtype)
+        return cls(
+            shape=shape,
+            dtype=dtype,
+            tokens_VD=tokens_VD,
+            encoder=encoder,
+            decoder=decoder,
+            head_DV=ready(model.tokens.weight * shape.d_model**-0.5, model.decoder_norm),
+            first_encoder=(normed_VD @ encoder[0].q_DI, normed_VD @ encoder[0].kv_D2I),
+            first_decoder=(normed_VD @ decoder[0].q_DI, normed_VD @ decoder[0].kv_D2I),
+            encoder_positions=model.encoder_positions,
+            decoder_positions=model.decoder_positions,
+        )
 
 
 class Memory(NamedTuple):
-    """What the decoder reads of B histories: keys and values a layer, and 0 or -inf a token (None where nothing is padded)."""
+    """What the decoder reads of B histories."""
 
-    layers: list[KeysValues]
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values [B, S, H, E] of every decoder layer."""
     mask_B11S: Tensor | None
+    """0, and -inf at padding; None where nothing is padded."""
+
+
+class Buffers:
+    """Named pieces of memory that are taken again and again: fresh megabytes cost more page faults than they save lines."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
+        held = self._held.get(name)
+        if held is None or held.numel() < rows * columns:
+            held = self._held[name] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+        return held[: rows * columns].view(rows, columns)
 
 
 class Inference:
-    def __init__(self, model: T5, precision: str = "fp32"):
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision {precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
-        self.shape, self.dtype = model.shape, PRECISIONS[precision]
-        self.device = model.tokens.weight.device
-        with torch.no_grad():
-            self._prepare(model)
+    """The model at work on one batch after another. One a thread: its buffers are overwritten by the next call."""
 
-    def _prepare(self, model: T5) -> None:
-        def plain(linear: nn.Linear) -> Tensor:
-            return linear.weight.float().T.to(self.dtype).contiguous()
-
-        def folded(norm: RMSNorm, weight_OD: Tensor) -> Tensor:
-            return (weight_OD.float() * norm.weight.float()).T.to(self.dtype).contiguous()
-
-        shape = self.shape
-        self.tokens_VD = model.tokens.weight.detach().float().clone()
-        self.encoder = [
-            EncoderWeights(
-                folded(layer.attention.norm, layer.attention.qkv.weight),
-                plain(layer.attention.o),
-                folded(layer.feed_forward.norm, layer.feed_forward.wi.weight),
-                plain(layer.feed_forward.wo),
-            )
-            for layer in model.encoder
-        ]
-        self.decoder = [
-            DecoderWeights(
-                folded(layer.attention.norm, layer.attention.qkv.weight),
-                plain(layer.attention.o),
-                folded(layer.cross.norm, layer.cross.q.weight),
-                plain(layer.cross.o),
-                folded(layer.feed_forward.norm, layer.feed_forward.wi.weight),
-                plain(layer.feed_forward.wo),
-            )
-            for layer in model.decoder
-        ]
-        self.cross_kv = [folded(model.encoder_norm, layer.cross.kv.weight) for layer in model.decoder]
-        self.head_DV = folded(model.decoder_norm, model.tokens.weight * shape.d_model**-0.5)
-        normed_VD = self._norm(self.tokens_VD)
-        self.encoder_qkv_V3I = normed_VD @ self.encoder[0].qkv_D3I
-        self.decoder_qkv_V3I = normed_VD @ self.decoder[0].qkv_D3I
-        self._encoder_positions, self._decoder_positions = model.encoder_positions, model.decoder_positions
-        self._encoder_bias: dict[int, Tensor] = {}
-
-    def _norm(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], None, self.shape.epsilon).to(self.dtype)
-
-    def _heads(self, x_MI: Tensor, users: int, parts: int = 1) -> tuple[Tensor, ...]:
-        """[M, parts x I] -> parts of [B, M / B, H, E]"""
-        return x_MI.view(users, -1, parts, self.shape.heads, self.shape.d_kv).unbind(2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention over [B, ., H, E] without 1/sqrt(d), as T5 has it. -> [M, I]"""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2).reshape(-1, self.shape.inner)
-
-    def _feed_forward(self, x_MD: Tensor, layer: EncoderWeights | DecoderWeights) -> None:
-        _add_product(x_MD, (self._norm(x_MD) @ layer.wi_DF).relu_(), layer.wo_FD)
+    def __init__(self, weights: Weights):
+        self.weights, self.shape, self._buffers = weights, weights.shape, Buffers()
+        self._bias: dict[tuple[str, int], Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------- the encoder
 
     def read(self, tokens_BS: Tensor, padded: bool = True) -> Memory:
-        """Read B histories. ``padded`` says whether any token is padding; without, no mask is made."""
-        users, length = tokens_BS.shape
-        mask_B11S, bias_BHSS = None, self._bias_of(length)
+        """Read B histories. ``padded`` says whether any token is padding; where none is, no mask is made."""
+        weights, (users, length) = self.weights, tokens_BS.shape
+        mask_B11S, bias_BHSS = None, self._encoder_bias(length)
         if padded:
-            mask_B11S = torch.zeros(tokens_BS.shape, device=self.device).masked_fill_(tokens_BS == PAD, -torch.inf)
-            mask_B11S = mask_B11S.to(self.dtype)[:, None, None]
+            mask_BS = torch.zeros(tokens_BS.shape, dtype=weights.dtype, device=tokens_BS.device)
+            mask_B11S = mask_BS.masked_fill_(tokens_BS == PAD, -torch.inf)[:, None, None]
             bias_BHSS = bias_BHSS + mask_B11S
         tokens_M = tokens_BS.flatten()
-        x_MD = self.tokens_VD.index_select(0, tokens_M)
-        for number, layer in enumerate(self.encoder):
-            qkv = self._norm(x_MD) @ layer.qkv_D3I if number else self.encoder_qkv_V3I.index_select(0, tokens_M)
-            _add_product(x_MD, self._attend(*self._heads(qkv, users, 3), bias_BHSS), layer.o_ID)
+        x_MD = weights.tokens_VD.index_select(0, tokens_M)
+        for number, layer in enumerate(weights.encoder):
+            if number:
+                normed_MD = self._normed(x_MD)
+                q_MI, kv_M2I = self._product("q", normed_MD, layer.q_DI), self._product("kv", normed_MD, layer.kv_D2I)
+            else:
+                q_MI, kv_M2I = (self._rows(name, table, tokens_M) for name, table in zip(("q", "kv"), weights.first_encoder, strict=True))
+            _add_product(x_MD, self._attend(self._heads(q_MI, users), self._keys_values(kv_M2I, users), bias_BHSS), layer.o_ID)
             self._feed_forward(x_MD, layer)
-        x_MD = self._norm(x_MD)
-        return Memory([self._heads(x_MD @ weight, users, 2) for weight in self.cross_kv], mask_B11S)
-
-    def _bias_of(self, length: int) -> Tensor:
-        """[1, H, S, S]; one a length is kept."""
-        if length not in self._encoder_bias:
-            with torch.no_grad():
-                self._encoder_bias[length] = self._encoder_positions(length, length).to(self.dtype).contiguous()
-        return self._encoder_bias[length]
+        normed_MD = self._normed(x_MD)
+        products = (self._product(f"memory {n}", normed_MD, layer.cross_kv_D2I) for n, layer in enumerate(weights.decoder))
+        return Memory([self._keys_values(kv_M2I, users) for kv_M2I in products], mask_B11S)
 
     # ------------------------------------------------------------------------------------------------- the decoder
 
     def opening(self, prefix_NT: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder does before it looks at a user: x [N, D] after the first self-attention, its cross-attention's q [N, I].
+        """What the decoder does before it looks at a user: x [N, D] after the first self-attention, the first cross-attention's q [N, I].
 
-        ``prefix_NT`` holds the start token and the tokens written so far.
+        ``prefix_NT`` holds the start token and the tokens written so far. The next call overwrites q.
         """
-        q, k, v = self.decoder_qkv_V3I.view(-1, 3, self.shape.heads, self.shape.d_kv).unbind(1)
-        past = [(k[tokens_N][None], v[tokens_N][None]) for tokens_N in prefix_NT.unbind(1)]
-        x_ND = self.tokens_VD[prefix_NT[:, -1]]
-        _add_product(x_ND, self._look_back(q[prefix_NT[:, -1]][None], past), self.decoder[0].o_ID)
-        return x_ND, self._norm(x_ND) @ self.decoder[0].cross_q_DI
+        layer, (q_VI, kv_V2I) = self.weights.decoder[0], self.weights.first_decoder
+        last_N, rows = prefix_NT[:, -1], len(prefix_NT)
+        past = [self._keys_values(self._rows(f"opening {t}", kv_V2I, tokens_N), rows) for t, tokens_N in enumerate(prefix_NT.unbind(1))]
+        x_ND = self.weights.tokens_VD.index_select(0, last_N)
+        _add_product(x_ND, self._look_back(self._heads(self._rows("q", q_VI, last_N), rows), past), layer.o_ID)
+        return x_ND, self._product("q", self._normed(x_ND), layer.cross_q_DI)
 
-    def step(self, x_MD: Tensor, q_MI: Tensor, memory: Memory, past: list[list[KeysValues]]) -> Tensor:
-        """From the openings of all beams to logits fp32 [M, V].
+    def step(self, x_MD: Tensor, q_MI: Tensor, memory: Memory, past: list[list[Tensor]]) -> Tensor:
+        """From the openings of all beams to log-probabilities fp32 [M, V]. ``x_MD`` is overwritten.
 
-        ``past`` has a list a layer but the first: keys and values of the steps before, reordered to the beams as they are now
-        ([B, K, H, E], or [B, 1, H, E] for what all beams of a user share). This step's are appended. ``x_MD`` is overwritten.
+        ``past`` has a list a layer but the first: keys and values [., 2I] of the steps before, in the order of the beams as they
+        are now; B rows where all beams of a user share them. This step's are appended.
         """
-        users = memory.layers[0][0].size(0)
-        for number, layer in enumerate(self.decoder):
+        users = len(memory.layers[0][0])
+        for number, layer in enumerate(self.weights.decoder):
             if number:
-                q, k, v = self._heads(self._norm(x_MD) @ layer.qkv_D3I, users, 3)
-                past[number - 1].append((k, v))
-                _add_product(x_MD, self._look_back(q, past[number - 1]), layer.o_ID)
-                q_MI = self._norm(x_MD) @ layer.cross_q_DI
-            (q,) = self._heads(q_MI, users)
-            _add_product(x_MD, self._attend(q, *memory.layers[number], memory.mask_B11S), layer.cross_o_ID)
+                normed_MD, own = self._normed(x_MD), past[number - 1]
+                q_MI = self._product("q", normed_MD, layer.q_DI)
+                own.append(self._product(f"past {number} {len(own)}", normed_MD, layer.kv_D2I))
+                look = self._look_back(self._heads(q_MI, users), [self._keys_values(kv, users) for kv in own])
+                _add_product(x_MD, look, layer.o_ID)
+                q_MI = self._product("q", self._normed(x_MD), layer.cross_q_DI)
+            _add_product(x_MD, self._attend(self._heads(q_MI, users), memory.layers[number], memory.mask_B11S), layer.cross_o_ID)
             self._feed_forward(x_MD, layer)
-        return (self._norm(x_MD) @ self.head_DV).float()
+        logits_MV = self._product("logits", self._normed(x_MD), self.weights.head_DV).float()
+        return torch.log_softmax(logits_MV, -1, out=self._buffers.take("log", *logits_MV.shape, logits_MV))
 
-    def _look_back(self, q_BKHE: Tensor, past: list[KeysValues]) -> Tensor:
+    def reordered(self, past: list[list[Tensor]], parent_BK: Tensor) -> list[list[Tensor]]:
+        """``past`` in the order of the next step's beams. What all beams of a user share stays as it is."""
+        users, number_B1 = len(parent_BK), torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
+        moved = []
+        for n, layer in enumerate(past):
+            moved.append(layer[:1])
+            for step, kv in enumerate(layer[1:], 1):
+                rows_M = (parent_BK + number_B1 * (len(kv) // users)).flatten()
+                moved[-1].append(self._rows(f"moved {n} {step} {len(layer) % 2}", kv, rows_M))
+        return moved
+
+    # ---------------------------------------------------------------------------------------------------- the parts
+
+    def _normed(self, x_MD: Tensor) -> Tensor:
+        return F.rms_norm(x_MD, x_MD.shape[-1:], None, self.shape.epsilon).to(self.weights.dtype)
+
+    def _product(self, name: str, a: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(a, weight, out=self._buffers.take(name, len(a), weight.size(1), weight))
+
+    def _rows(self, name: str, table: Tensor, rows_M: Tensor) -> Tensor:
+        return torch.index_select(table, 0, rows_M, out=self._buffers.take(name, len(rows_M), table.size(1), table))
+
+    def _heads(self, x_MI: Tensor, users: int) -> Tensor:
+        return x_MI.view(users, -1, self.shape.heads, self.shape.d_kv)
+
+    def _keys_values(self, kv_M2I: Tensor, users: int) -> tuple[Tensor, Tensor]:
+        return kv_M2I.view(users, -1, 2, self.shape.heads, self.shape.d_kv).unbind(2)
+
+    def _attend(self, q: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Attention over [B, ., H, E] without 1/sqrt(d), as T5 has it. -> [M, I]"""
+        q, k, v = (part.transpose(1, 2) for part in (q, *keys_values))
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2).reshape(-1, self.shape.inner)
+
+    def _look_back(self, q_BKHE: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Self-attention of each beam on its own few codes: element by element, for no matrix product is this small. -> [M, I]"""
-        bias_1HT = self._look_back_bias(len(past))
-        weight_BKHT = torch.stack([(q_BKHE * k).sum(-1) for k, _ in past], -1).add_(bias_1HT).softmax(-1)
-        out = weight_BKHT[..., :1] * past[0][1]
-        for place, (_, v) in enumerate(past[1:], 1):
-            out.addcmul_(weight_BKHT[..., place, None], v)
-        return out.view(-1, self.shape.inner)
+        rows, inner = q_BKHE.size(0) * q_BKHE.size(1), self.shape.inner
+        product_BKHE, out_BKHE = (self._buffers.take(name, rows, inner, q_BKHE).view_as(q_BKHE) for name in ("look", "look out"))
+        weight_TBKH = torch.stack([torch.mul(q_BKHE, k, out=product_BKHE).sum(-1) for k, _ in past])
+        weight_TBKH = weight_TBKH.add_(self._decoder_bias(len(past))).softmax(0)
+        torch.mul(weight_TBKH[0, ..., None], past[0][1], out=out_BKHE)
+        for weight_BKH, (_, v) in zip(weight_TBKH[1:], past[1:], strict=True):
+            out_BKHE.addcmul_(weight_BKH[..., None], v)
+        return out_BKHE.view(rows, inner)
 
-    def _look_back_bias(self, steps: int) -> Tensor:
-        with torch.no_grad():
-            return self._decoder_positions(steps, steps)[0, :, -1].to(self.dtype)
+    def _feed_forward(self, x_MD: Tensor, layer: Layer) -> None:
+        _add_product(x_MD, self._product("inner", self._normed(x_MD), layer.wi_DF).relu_(), layer.wo_FD)
+
+    def _encoder_bias(self, length: int) -> Tensor:
+        """[1, H, S, S]"""
+        key = ("encoder", length)
+        if key not in self._bias:
+            self._bias[key] = self.weights.encoder_positions(length, length).to(self.weights.dtype).contiguous()
+        return self._bias[key]
+
+    def _decoder_bias(self, steps: int) -> Tensor:
+        """[T, 1, 1, H]: of the last step's query and the key of each step."""
+        key = ("decoder", steps)
+        if key not in self._bias:
+            bias_HT = self.weights.decoder_positions(steps, steps)[0, :, -1].to(self.weights.dtype)
+            self._bias[key] = bias_HT.T[:, None, None].contiguous()
+        return self._bias[key]
 
 
 def _add_product(x_MD: Tensor, a: Tensor, weight: Tensor) -> None:
-    """x += a @ weight, in place: the product is summed into x where the types allow it."""
+    """x += a @ weight, in place: summed by the product itself where the types allow it."""
     if x_MD.dtype == a.dtype:
         x_MD.addmm_(a, weight)
     else:

@@ -67,7 +67,7 @@ def generate(
     """Token tuples [U, K, L] and their log-probabilities [U, K], best first."""
     tokens_UKL = np.zeros((len(histories), beams, length), np.int64)
     scores_UK = np.zeros((len(histories), beams), np.float32)
-    for rows_B, _ in batches(histories.lengths, batch):
+    for rows_B, _ in batches(histories.lengths, lambda _: batch):
         tokens_BS = histories.rows(rows_B)
         out = theirs.generate(
             input_ids=tokens_BS,
