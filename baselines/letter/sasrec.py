@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness.contract import HISTORY, Domain, Job, Meta, Progress, Ragged, Stopping, ndcg_at_10
+from harness.contract import HISTORY, ContractError, Domain, Job, Meta, Progress, Ragged, Stopping, ndcg_at_10
 
 LOGITS = 2**25
 """Scores that are in memory at a time: 128 MiB, and as much again for their gradient."""
@@ -41,6 +41,15 @@ class Settings:
     """Windows in a step."""
     epochs: int = 200
     """At most; the stopping rule of the contract usually ends it earlier."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise ContractError(f"sasrec_{name} = {getattr(self, name)}: use 1 or more")
+        if self.width % self.heads:
+            raise ContractError(f"sasrec_heads = {self.heads}: must divide the width {self.width} (vae_latent)")
+        if not 0 <= self.dropout < 1:
+            raise ContractError(f"sasrec_dropout = {self.dropout}: use a share below 1")
 
 
 class Block(nn.Module):
