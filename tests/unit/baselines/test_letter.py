@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from baselines.letter import sasrec
+from baselines.letter import letter, run, sasrec
 from baselines.letter.clusters import assign, constrained_kmeans
-from baselines.letter.letter import alignment_loss, diversity_loss
-from harness.contract import ContractError, Domain, Job, Ragged
-from tests.unit.baselines.running import Runner, SmallDomain
+from baselines.tiger import rqvae, tokenizer
+from baselines.tiger.embed import Embeddings
+from harness.contract import ContractError, Domain, Job, Meta, Ragged
+from tests.unit.baselines.running import BASELINES, Runner, SmallDomain, load_configuration
+from utgrec.semantic_ids import SemanticIds
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Progress is open for the life of a process
 
@@ -102,46 +106,43 @@ def test_equal_rows_are_clustered_too() -> None:
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-def test_alignment_is_the_papers_formula_over_the_known_items() -> None:
+def test_alignment_is_the_papers_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     quantised_BZ = torch.randn(7, 4, generator=generator, dtype=torch.double, requires_grad=True)
     collaborative_BZ = torch.randn(7, 4, generator=generator, dtype=torch.double)
-    known_B = torch.tensor([True, True, False, True, False, True, True])
-    loss = alignment_loss(quantised_BZ, collaborative_BZ, known_B)
-    z, h, rows = quantised_BZ.detach().numpy(), collaborative_BZ.numpy(), np.flatnonzero(known_B)
-    terms = [-math.log(math.exp(z[i] @ h[i]) / sum(math.exp(z[i] @ h[j]) for j in rows)) for i in rows]
+    loss = letter.alignment_loss(quantised_BZ, collaborative_BZ)
+    z, h = quantised_BZ.detach().numpy(), collaborative_BZ.numpy()
+    terms = [-math.log(math.exp(z[i] @ h[i]) / sum(math.exp(z[i] @ h[j]) for j in range(7))) for i in range(7)]
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda q: alignment_loss(q, collaborative_BZ, known_B), (quantised_BZ,))
-    loss.backward()
-    assert quantised_BZ.grad is not None
-    assert not quantised_BZ.grad[~known_B].any()
-    assert quantised_BZ.grad[known_B].abs().sum(1).min() > 0
+    assert torch.autograd.gradcheck(lambda q: letter.alignment_loss(q, collaborative_BZ), (quantised_BZ,))
+    moved = letter.alignment_loss(quantised_BZ, collaborative_BZ + torch.randn(4, generator=generator))
+    assert moved.item() == pytest.approx(loss.item(), rel=1e-12)  # so centring the vectors changes nothing
 
 
-@pytest.mark.parametrize("known", [[], [2]])
-def test_alignment_without_pairs_is_nothing(known: list[int]) -> None:
-    quantised_BZ = torch.randn(5, 3, requires_grad=True)
-    known_B = torch.tensor([i in known for i in range(5)])
-    loss = alignment_loss(quantised_BZ, torch.randn(5, 3), known_B)
-    loss.backward()
-    assert loss.item() == 0
-    assert quantised_BZ.grad is not None
-    assert not quantised_BZ.grad.any()
+def test_vectors_get_one_scale_and_keep_their_proportions() -> None:
+    vectors_TZ = 3 + 0.01 * torch.randn(50, 8) * torch.rand(50, 1)
+    scaled_TZ = letter.unit_variance(vectors_TZ)
+    assert scaled_TZ.square().mean().item() == pytest.approx(1, rel=1e-5)
+    centred_TZ = vectors_TZ - vectors_TZ.mean(0)
+    torch.testing.assert_close(scaled_TZ / scaled_TZ.norm(), centred_TZ / centred_TZ.norm(), atol=1e-5, rtol=1e-3)
+    assert torch.isfinite(letter.unit_variance(torch.ones(4, 3))).all()
 
 
 def test_diversity_is_the_mean_of_the_papers_formula_over_its_draw() -> None:
     generator = torch.Generator().manual_seed(1)
-    book_KZ = torch.randn(9, 4, generator=generator, dtype=torch.double, requires_grad=True)
-    codes_B, cluster_K = torch.tensor([0, 3, 3, 8, 5, 0, 1]), torch.tensor([0, 1, 2, 0, 1, 0, 0, 1, 2])
-    loss = diversity_loss(book_KZ, codes_B, cluster_K)
-    e, total = book_KZ.detach().numpy(), 0.0
-    for code in codes_B.tolist():
-        others = [j for j in range(9) if j != code]
-        mates = [j for j in others if cluster_K[j] == cluster_K[code]]
-        norm = sum(math.exp(e[code] @ e[j]) for j in others)
-        total += np.mean([-math.log(math.exp(e[code] @ e[j]) / norm) for j in mates])
-    assert loss.item() == pytest.approx(total / len(codes_B), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda b: diversity_loss(b, codes_B, cluster_K), (book_KZ,))
+    books_LKZ = torch.randn(2, 9, 4, generator=generator, dtype=torch.double, requires_grad=True)
+    codes_BL = torch.tensor([[0, 3, 3, 8, 5, 0, 1], [7, 7, 7, 2, 1, 0, 4]]).t()
+    clusters_LK = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2], [2, 2, 2, 1, 1, 1, 0, 0, 0]])
+    loss = letter.diversity_loss(books_LKZ, codes_BL, clusters_LK)
+    total = 0.0
+    for e, cluster, codes in zip(books_LKZ.detach().numpy(), clusters_LK.tolist(), codes_BL.t().tolist(), strict=True):
+        for code in codes:
+            others = [j for j in range(9) if j != code]
+            mates = [j for j in others if cluster[j] == cluster[code]]
+            norm = sum(math.exp(e[code] @ e[j]) for j in others)
+            total += np.mean([-math.log(math.exp(e[code] @ e[j]) / norm) for j in mates])
+    assert loss.item() == pytest.approx(total / len(codes_BL), rel=1e-12)
+    assert torch.autograd.gradcheck(lambda books: letter.diversity_loss(books, codes_BL, clusters_LK), (books_LKZ,))
 
 
 def test_diversity_pulls_groups_together_and_pushes_them_apart() -> None:
@@ -158,9 +159,158 @@ def test_diversity_pulls_groups_together_and_pushes_them_apart() -> None:
     before, optimiser = separation(), torch.optim.Adam([book_KZ], lr=0.05)
     for _ in range(50):
         optimiser.zero_grad()
-        diversity_loss(book_KZ, torch.arange(12), cluster_K).backward()
+        letter.diversity_loss(book_KZ[None], torch.arange(12)[:, None], cluster_K[None]).backward()
         optimiser.step()
     assert separation() > before + 0.5
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+
+VAE = rqvae.Settings(hidden=(32,), latent=8, levels=2, book=16, optimiser="adamw", learning_rate=3e-3, batch=100, epochs=60)
+REGULARISERS = letter.Settings(alignment=0.05, diversity=0.01, clusters=4, cluster_min=2, cluster_max=8, cluster_every=2)
+
+
+def items(n: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts in 6 groups, and collaborative vectors in 5 groups that have nothing to do with those."""
+    generator = torch.Generator().manual_seed(0)
+    text, bought = torch.randint(6, (n,), generator=generator), torch.randint(5, (n,), generator=generator)
+    x_TD = torch.randn(6, 24, generator=generator)[text] + torch.randn(5, 24, generator=generator)[bought]
+    h_TZ = 2 * torch.randn(5, 8, generator=generator)[bought]
+    return x_TD + 0.3 * torch.randn(n, 24, generator=generator), h_TZ + 0.3 * torch.randn(n, 8, generator=generator)
+
+
+def model(settings: letter.Settings = REGULARISERS, vae: rqvae.Settings = VAE, n: int = 300) -> letter.LETTER:
+    torch.manual_seed(0)
+    made = letter.LETTER(24, vae, settings, items(n)[1], seed=1)
+    made.start(items(n)[0], 1)
+    made.before_epoch(0)
+    return made
+
+
+def test_both_terms_are_added_to_the_rqvaes_loss() -> None:
+    made, (x_TD, h_TZ), rows_B = model(), items(), torch.tensor([5, 9, 40, 250, 7])
+    loss, parts, quantised = made.loss(x_TD[rows_B], rows_B)
+    plain, plain_parts, _ = rqvae.RQVAE.loss(made, x_TD[rows_B], rows_B)
+    alignment = letter.alignment_loss(quantised.sum_BZ, letter.unit_variance(h_TZ)[rows_B])
+    diversity = letter.diversity_loss(made.books_LKZ, quantised.codes_BL, made.clusters_LK)
+    torch.testing.assert_close(loss, plain + 0.05 * alignment + 0.01 * diversity)
+    torch.testing.assert_close(parts, plain_parts | {"alignment": alignment, "diversity": diversity})
+
+
+def test_alignment_moves_the_encoder_and_diversity_the_codebooks() -> None:
+    made, (x_TD, _), rows_B = model(), items(), torch.arange(100)
+    for part, moves_encoder, moves_books in (("alignment", True, False), ("diversity", False, True)):
+        made.zero_grad()
+        made.loss(x_TD[rows_B], rows_B)[1][part].backward()
+        for module, moves in ((made.encoder, moves_encoder), (made.decoder, False)):
+            assert all((p.grad is not None and bool(p.grad.any())) == moves for p in module.parameters())
+        assert (made.books_LKZ.grad is not None and bool(made.books_LKZ.grad.any())) == moves_books
+
+
+def test_without_both_it_is_tigers_model() -> None:
+    off = letter.Settings(alignment=0.0, diversity=0.0)
+    torch.manual_seed(0)
+    made = letter.LETTER(24, VAE, off, None, seed=1)
+    torch.manual_seed(0)
+    plain, rows_B = rqvae.RQVAE(24, VAE), torch.arange(50)
+    assert plain.state_dict().keys() == made.state_dict().keys()
+    x_TD = items()[0]
+    for each in (made, plain):
+        each.start(x_TD, 1)
+    assert torch.equal(made.loss(x_TD[rows_B], rows_B)[0], plain.loss(x_TD[rows_B], rows_B)[0])
+
+
+def test_codebooks_are_grouped_every_few_epochs_from_the_groups_there_are() -> None:
+    made = model()
+    first_LK = made.clusters_LK.clone()
+    for level_K in first_LK:
+        assert 2 <= torch.bincount(level_K, minlength=4).min() <= torch.bincount(level_K, minlength=4).max() <= 8
+    with torch.no_grad():
+        made.books_LKZ.copy_(made.books_LKZ.roll(3, dims=1))
+    made.before_epoch(1)
+    assert torch.equal(made.clusters_LK, first_LK)
+    made.before_epoch(2)
+    assert not torch.equal(made.clusters_LK, first_LK)
+    settled = model()
+    settled.clusters_LK.copy_(3 - settled.clusters_LK)  # other numbers for the same groups: a new start would not find these
+    settled.before_epoch(2)
+    assert torch.equal(settled.clusters_LK, 3 - model().clusters_LK)
+
+
+def test_alignment_makes_items_bought_together_share_codes(tmp_path: Path) -> None:
+    x_TD, h_TZ = items()
+    found = {}
+    for name, settings in (("with", REGULARISERS), ("without", dataclasses.replace(REGULARISERS, alignment=0.0))):
+        made = letter.LETTER(24, VAE, settings, h_TZ, seed=1)
+        (tmp_path / name).mkdir()
+        trained = rqvae.Training(made, x_TD, seed=1, checkpoint=tmp_path / name, seconds=100, told=lambda *_: None).run()
+        assert all(math.isfinite(value) for value in trained.metrics.values())
+        found[name] = letter.collaborative_similarity(made.codes(x_TD).numpy(), h_TZ.numpy())
+    assert found["with"]["collaborative_similarity_1"] > found["without"]["collaborative_similarity_1"] + 0.1
+    assert abs(found["with"]["collaborative_similarity_any"]) < 0.02
+
+
+def test_similarity_is_the_mean_over_pairs() -> None:
+    rng = np.random.default_rng(0)
+    codes_IL, vectors_ID = rng.integers(0, 3, (20, 2)), rng.normal(size=(20, 4)).astype(np.float32)
+    centred = vectors_ID - vectors_ID.mean(0)
+    unit = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    for length, name in enumerate(("any", "1", "2")):
+        same = [(i, j) for i, j in itertools.permutations(range(20), 2) if (codes_IL[i, :length] == codes_IL[j, :length]).all()]
+        found = letter.collaborative_similarity(codes_IL, vectors_ID)[f"collaborative_similarity_{name}"]
+        assert found == pytest.approx(np.mean([unit[i] @ unit[j] for i, j in same]), abs=1e-6)
+    assert list(letter.collaborative_similarity(np.arange(4)[:, None], np.eye(4, dtype=np.float32))) == ["collaborative_similarity_any"]
+
+
+@pytest.mark.parametrize("cut", [1, 6, 15])
+def test_a_killed_tokenizer_training_ends_with_the_same_codes(cut: int, tmp_path: Path) -> None:
+    """The groups of the codebooks start at those before: they have to be in the checkpoint, too."""
+    vae = dataclasses.replace(VAE, epochs=20, revive_every=4)
+
+    class Cut(Exception):
+        pass
+
+    class CutLETTER(letter.LETTER):
+        def before_epoch(self, epoch: int) -> None:
+            if epoch == cut:
+                raise Cut
+            super().before_epoch(epoch)
+
+    def train(kind: type[letter.LETTER], folder: Path) -> letter.LETTER:
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        made = kind(24, vae, dataclasses.replace(REGULARISERS, diversity=0.5), items()[1], seed=1)
+        training = rqvae.Training(made, items()[0], seed=1, checkpoint=folder, seconds=100, told=lambda *_: None)
+        save = training._save
+
+        def save_always() -> None:
+            training._save_after = 0.0
+            save()
+
+        training._save = save_always  # type: ignore[method-assign]
+        training.run()
+        return made
+
+    with pytest.raises(Cut):
+        train(CutLETTER, tmp_path / "cut")
+    whole, resumed = train(letter.LETTER, tmp_path / "whole"), train(letter.LETTER, tmp_path / "cut")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "vae", "said"),
+    [
+        ({}, {"books": "ema"}, "learn by gradient"),
+        ({}, {"latent": 6}, "vae_latent = 6"),
+        ({"clusters": 9}, {}, "cluster_min"),
+        ({"cluster_min": 1}, {}, "use 2 or more"),
+        ({"alignment": -1.0}, {}, "use 0 or more"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings: dict[str, float], vae: dict[str, object], said: str) -> None:
+    with pytest.raises(ContractError, match=said):
+        model(dataclasses.replace(REGULARISERS, **settings), dataclasses.replace(VAE, **vae))
 
 
 # ------------------------------------------------------------------------------------------------------------ SASRec
@@ -261,3 +411,122 @@ def test_unseen_items_are_told_from_seen_ones_by_the_training_part(small_domain:
     domain = Domain.read(Path(small_domain.path))
     _, seen_I, _ = sasrec.item_vectors(collaborate_job(), dataclasses.replace(TINY_SASREC, epochs=1))
     assert np.array_equal(np.flatnonzero(seen_I), np.unique(domain.train.values))
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+CONFIGURATIONS = tomllib.loads((BASELINES / "letter" / "method.toml").read_text())
+TINY = load_configuration("letter", "tiny") | {"book": 16, "vae_epochs": 15, "clusters": 2, "sasrec_epochs": 2, "epochs": 1}
+
+
+@pytest.mark.parametrize("name", list(CONFIGURATIONS["configs"]))
+def test_configurations_have_keys_that_somebody_reads(name: str, small_domain: SmallDomain, runner: Runner) -> None:
+    settings, rest = run.Settings.take(load_configuration("letter", name))
+    run.RecommenderSettings.of(rest)
+    letter.check_bounds(settings.tokenizer.book, settings.letter.clusters, settings.letter.cluster_min, settings.letter.cluster_max)
+    parents, config = [], CONFIGURATIONS["configs"][name]
+    while "stages" not in config and "extends" in config:
+        parents.append(config := CONFIGURATIONS["configs"][config["extends"]])
+    assert ("collaborate" in config.get("stages", ["collaborate"])) == bool(settings.letter.alignment)
+
+
+def test_a_stage_uses_what_decides_its_outcome() -> None:
+    """Configurations that are equal in a stage's keys share it, so the list must be whole, and no longer than needed."""
+    for stage in CONFIGURATIONS["stages"][:-1]:
+        assert sorted(stage["uses"]) == sorted(run.STAGE_KEYS[stage["name"]])
+    assert sorted({*run.STAGE_KEYS["collaborate"], *run.STAGE_KEYS["tokenize"]}) == sorted(
+        {*run.OWN_KEYS, *run.LETTER_KEYS, *run.SASREC_KEYS, *tokenizer.KEYS}
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"alignement": 0.1}, "did you mean 'alignment'"),
+        ({"alignment": "much"}, "this key takes float"),
+        ({"sasrec_heads": 3}, "must divide"),
+        ({"sasrec_epochs": 0}, "sasrec_epochs = 0"),
+        ({"repair": "none"}, "use 'digit' or 'nearest'"),
+        ({"quantiser": "rkmeans"}, "use 'rqvae'"),
+        ({"collaborate_share": 2.0}, "use a share"),
+    ],
+)
+def test_wrong_keys_are_named(wrong: dict[str, object], said: str, small_domain: SmallDomain, runner: Runner) -> None:
+    job, _ = runner.job("letter", small_domain.path, TINY | wrong)
+    with pytest.raises(ContractError, match=said):
+        run.fit(job)
+
+
+@pytest.fixture
+def stage(small_domain: SmallDomain, runner: Runner, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Job]:
+    """Run a stage with the keys that it uses; item texts are random vectors."""
+
+    def embed(texts: list[str], encoder: str, **how: object) -> Embeddings:
+        return Embeddings(np.random.default_rng(0).normal(size=(len(texts), 12)).astype(np.float32), {"encoder": encoder})
+
+    monkeypatch.setattr(tokenizer, "embed", embed)
+
+    def start(name: str, inputs: dict[str, Path], path: Path = small_domain.path, **changes: object) -> Job:
+        configuration = {key: value for key, value in (TINY | changes).items() if key in run.STAGE_KEYS[name]}
+        job, _ = runner.job("letter", path, configuration, stage=name, inputs=inputs)
+        getattr(run, name)(job)
+        return job
+
+    return start
+
+
+@pytest.mark.parametrize(("repair", "length"), [("digit", 4), ("nearest", 3)])
+def test_from_interactions_to_ids(repair: str, length: int, stage: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    collaborated = stage("collaborate", {})
+    job = stage("tokenize", {"collaborate": collaborated.output}, repair=repair)
+    ids = SemanticIds.load(job.output / run.IDS)
+    meta = json.loads((job.output / "meta.json").read_text())
+    assert ids.unique
+    assert ids.codes_IL.shape == (120, length)
+    assert ids.report == meta["extra"]
+    unseen = 120 - len(np.unique(job.domain.train.values))
+    assert ids.report["items_without_collaborative_vector"] == unseen > 0
+    assert ids.report["items_trained_on"] == 120 - unseen
+    assert {"collaborative_similarity_1", "perplexity_3", "sasrec_best_valid"} <= ids.report.keys()
+    curve = (job.output / "progress.jsonl").read_text()
+    assert "alignment" in curve
+    assert "diversity" in curve
+    again = stage("tokenize", {"collaborate": collaborated.output}, repair=repair)
+    assert SemanticIds.load(again.output / run.IDS).digest == ids.digest
+
+    # The budget is the run's: the recommender gets what both stages have left.
+    taken: list[float] = []
+    monkeypatch.setattr(run, "recommend_with", lambda job, ids, settings: taken.append(job.budget.seconds) or Meta())
+    job = dataclasses.replace(job, stage="fit", configuration=TINY | {"repair": repair}, inputs={"tokenize": job.output})
+    run.fit(job)
+    sasrec_seconds = json.loads((collaborated.output / "meta.json").read_text())["timings"]["fit"]
+    assert taken == [pytest.approx(job.budget.seconds - sasrec_seconds - meta["timings"]["fit"])]
+
+
+def test_colliding_ids_are_told_apart_by_distance() -> None:
+    rng = np.random.default_rng(0)
+    quantised_IZ, books_LKZ = torch.from_numpy(rng.normal(size=(60, 3))), torch.from_numpy(rng.normal(size=(2, 64, 3)))
+    quantised_IZ[30:] = quantised_IZ[:30]  # every item has a double
+    raw = SemanticIds.of(rqvae.residual_codes(quantised_IZ, books_LKZ)[0].numpy(), widths=(64, 64))
+    ids = run.nearest_last(raw, quantised_IZ, books_LKZ)
+    assert ids.unique
+    assert np.array_equal(ids.codes_IL[:, 0], raw.codes_IL[:, 0])
+    alone = [item for item in range(30) if (raw.codes_IL[:, 0] == raw.codes_IL[item, 0]).sum() == 2]
+    assert len(alone) > 10
+    for item in alone:  # of a pair the first keeps its code, and the second gets the second nearest row of the last book
+        left_Z = quantised_IZ[item] - books_LKZ[0, raw.codes_IL[item, 0]]
+        nearest = (left_Z - books_LKZ[1]).square().sum(1).argsort()
+        assert ids.codes_IL[[item, item + 30], 1].tolist() == nearest[:2].tolist()
+
+
+def test_ablations_need_no_collaborative_vectors(stage: Callable[..., Job]) -> None:
+    ids = SemanticIds.load(stage("tokenize", {}, alignment=0.0).output / run.IDS)
+    assert ids.report["alignment"] == 0
+    assert "sasrec_seconds" not in ids.report
+    with pytest.raises(ContractError, match="needs the stage 'collaborate'"):
+        stage("tokenize", {})
+
+
+def test_a_domain_without_training_rows_is_skipped(stage: Callable[..., Job], make_domain: Callable[..., SmallDomain]) -> None:
+    with pytest.raises(SystemExit):
+        stage("collaborate", {}, path=make_domain([[0, 1, 2], [3, 4, 5]], 6).path)
