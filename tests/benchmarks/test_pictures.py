@@ -174,7 +174,7 @@ with WebServer(delay=0.05) as server:
 
 @pytest.fixture(scope="module")
 def late_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """2,000 addresses of 100 pictures of 500 x 500 pixels, about 30 KB each."""
+    """2,000 addresses of 100 pictures of 500 x 500 pixels, about 60 KB each."""
     folder = tmp_path_factory.mktemp("served")
     rng = np.random.default_rng(2)
     for number in range(100):
