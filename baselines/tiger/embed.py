@@ -19,7 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,11 +127,10 @@ def _encode(texts: list[str], folder: Path, file: Path, tokens: int, device: str
     if tokens:
         model.max_seq_length = min(tokens, model.max_seq_length or tokens)
     about = {"encoder_tokens": model.max_seq_length, "encoder_modules": _modules(model)}
-    parts = file.with_suffix(".parts")
-    parts.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(texts), BLOCK)
+    parts = [file.with_suffix(f".{start:08d}.part") for start in starts]
     blocks = []
-    for start in range(0, len(texts), BLOCK):
-        path = parts / f"{start:08d}.npz"
+    for start, path in zip(starts, parts, strict=True):
         block = texts[start : start + BLOCK]
         done = _read(path, len(block))
         if done is None:
@@ -143,7 +142,8 @@ def _encode(texts: list[str], folder: Path, file: Path, tokens: int, device: str
             told(start + len(block))
     whole = Embeddings(np.concatenate(blocks), about)
     _write(file, whole)
-    shutil.rmtree(parts, ignore_errors=True)
+    for path in parts:
+        path.unlink(missing_ok=True)
     return whole
 
 
@@ -160,16 +160,17 @@ def _modules(model: Any) -> str:
 
 
 def _write(path: Path, embeddings: Embeddings) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)  # another run may have removed its blocks
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with open(temporary, "wb") as file:
+        with os.fdopen(handle, "wb") as file:
             np.savez(file, x=embeddings.x_ID, about=np.frombuffer(json.dumps(embeddings.about).encode(), np.uint8))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def _read(path: Path, rows: int) -> Embeddings | None:

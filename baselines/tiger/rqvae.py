@@ -196,7 +196,7 @@ def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for inner, outer in itertools.pairwise(sizes):
         layer = nn.Linear(inner, outer)
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.xavier_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
     return nn.Sequential(*layers[:-1])
@@ -308,9 +308,10 @@ class Training:
                 value[dead_LK] = self.settings.accumulator if name == "sum" else 0.0
 
     def _save(self) -> None:
-        """Write the checkpoint, whole or not at all, and never so often that it costs more than a tenth of the time."""
+        """Write the checkpoint, whole or not at all: at the end, and before it never so often that it costs more than a tenth of the
+        time."""
         start = time.monotonic()
-        if start < self._save_after:
+        if start < self._save_after and self.trained.epochs < self.settings.epochs:
             return
         state = {
             "settings": dataclasses.asdict(self.settings),
