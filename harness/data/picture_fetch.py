@@ -6,7 +6,7 @@ handed over in batches while the download runs.
 - At most ``Manners.per_host`` requests of a host are under way; hosts do not wait for each other.
 - Tried again, with exponential back-off and jitter: a dropped or stalled connection, a body of the wrong length, 408, 425, 429, 5xx.
 - Not tried again: every other status (403, 404, 410, ...), and bytes that are no picture.
-- 429 and 503 stop the whole host for as long as Retry-After says (without one: for the back-off), not this request alone.
+- 429, and 503 with a Retry-After, stop the whole host for that long (429 without one: for the back-off), not this request alone.
 - A host that lets ``Manners.patience`` jobs fail one after the other ends the download with ``HostRefuses``: nobody is served by half
   a million requests to a host that blocks us, or that is not there.
 """
@@ -14,6 +14,7 @@ handed over in batches while the download runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import email.utils
 import os
@@ -32,7 +33,6 @@ from harness.data.source import DataError
 
 AGENT = "utgrec-bench/0.1 (research benchmark; product pictures of Amazon Reviews 2023)"
 RETRIED = {408, 425, 429, *range(500, 600)}
-PAUSES_HOST = {429, 503}
 BATCH = 64
 """Results handed over at once, at the latest ``BATCH_SECONDS`` after the first of them: so much is fetched again after a kill."""
 BATCH_SECONDS = 1.0
@@ -147,9 +147,10 @@ class _Download:
         try:
             with ThreadPoolExecutor(os.cpu_count(), "look") as self.lookers, ThreadPoolExecutor(1, "keep") as self.keeper:
                 async with client as self.client, asyncio.TaskGroup() as tasks:
-                    clock = tasks.create_task(self._hand_over_in_time())
+                    worked = asyncio.Event()
+                    tasks.create_task(self._hand_over_in_time(worked))
                     await asyncio.wait([tasks.create_task(self._work(host)) for host in self._places()])
-                    clock.cancel()
+                    worked.set()
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:  # the keeper's thread has ended: what is left comes behind what it kept
@@ -200,10 +201,13 @@ class _Download:
         try:
             async with self.client.stream("GET", url) as answer:
                 host.answered = True
+                length = int(answer.headers.get("Content-Length", 0))
                 if answer.status_code != 200:
+                    if 0 < length < 1 << 16:
+                        await answer.aread()  # so that the connection can be used again
                     raise _bad_status(answer)
-                if int(answer.headers.get("Content-Length", 0)) > MAX_BYTES:
-                    raise Failed("too_large", f"{answer.headers['Content-Length']} bytes announced", again=False)
+                if length > MAX_BYTES:
+                    raise Failed("too_large", f"{length:,} bytes announced", again=False)
                 body = bytearray()
                 async for chunk in answer.aiter_bytes():
                     body += chunk
@@ -220,9 +224,12 @@ class _Download:
         except httpx2.HTTPError as error:
             raise Failed("connection", f"{type(error).__name__}: {error}", again=True) from error
 
-    async def _hand_over_in_time(self) -> None:
-        while True:
-            await asyncio.sleep(BATCH_SECONDS)
+    async def _hand_over_in_time(self, worked: asyncio.Event) -> None:
+        """Every second, and once more when all is done."""
+        while not worked.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BATCH_SECONDS):
+                    await worked.wait()
             await self._hand_over()
 
     async def _hand_over(self) -> None:
@@ -240,8 +247,9 @@ class _Download:
 def _bad_status(answer: httpx2.Response) -> Failed:
     status = answer.status_code
     asked = retry_after(answer.headers.get("Retry-After"))
+    pauses = status == 429 or (status == 503 and asked is not None)
     detail = f"{status} {answer.reason_phrase}" + (f", Retry-After {asked:g} s" if asked is not None else "")
-    return Failed(f"http_{status}", detail, again=status in RETRIED, wait=asked, pauses=status in PAUSES_HOST)
+    return Failed(f"http_{status}", detail, again=status in RETRIED, wait=asked, pauses=pauses)
 
 
 def retry_after(value: str | None) -> float | None:

@@ -8,9 +8,11 @@ import json
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from email.utils import formatdate
 from pathlib import Path
@@ -24,7 +26,7 @@ from harness.data import domain as domain_module
 from harness.data.card import make_card
 from harness.data.domain import DataError, read_private, validate_domain
 from harness.data.images import Refused, kept_bytes
-from harness.data.picture_fetch import HostRefuses, Manners, retry_after
+from harness.data.picture_fetch import HostRefuses, Job, Manners, fetch, retry_after
 from harness.data.picture_store import LEDGER, PACK, Outcome, PicturePack, open_store, read_ledger
 from harness.data.pictures import SERVER, Download, find_pictures, items_of, picture_url, put_into_domain, read_urls, resolve
 from harness.data.prepare import prepare_raw
@@ -146,9 +148,16 @@ def test_what_is_encoded_anew_looks_the_same():
 
 
 def bomb(kind: str) -> bytes:
-    out = io.BytesIO()
-    Image.new("1" if kind == "PNG" else "L", (9000, 9000)).save(out, kind)
-    return out.getvalue()
+    """Few bytes that claim to be 30,000 x 30,000 pixels."""
+    data, side = bytearray(encoded(20, kind)), 30_000
+    if kind == "PNG":
+        struct.pack_into(">II", data, 16, side, side)
+        struct.pack_into(">I", data, 29, zlib.crc32(data[12:29]))
+    elif kind == "JPEG":
+        struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, side, side)
+    else:
+        struct.pack_into("<HH", data, 6, side, side)
+    return bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +309,21 @@ def test_a_host_that_is_not_there(tmp_path):
         Download(tmp_path, CATEGORY, manners=Manners(per_host=8, tries=2, backoff=0.01)).run()
     with pytest.raises(DataError, match="no address of a server"):
         Download(tmp_path, CATEGORY, server="somewhere").run()
+
+
+@pytest.mark.parametrize("count", [5, 400])
+def test_what_cannot_be_kept_ends_the_download(web_server, count):  # noqa: F811
+    raised = []
+
+    def keep(results: object) -> None:
+        raised.append(results)
+        raise DataError("no room")
+
+    web_server.serve("/a.jpg", GOOD)
+    with pytest.raises(DataError, match="no room"):
+        fetch([Job(str(n), web_server.url("/a.jpg")) for n in range(count)], kept_bytes, keep)
+    assert 1 <= len(raised) <= 3  # a batch may be on its way already
+    assert len(web_server.log) < 300
 
 
 # ------------------------------------------------------------------------------------------------------------ going on
