@@ -8,9 +8,9 @@ and an MLP of the opposite shape reads z^ (the gradient passes straight through 
 
     |x - x^|^2  +  sum_l |sg(r_l) - e_lc|^2  +  beta sum_l |r_l - sg(e_lc)|^2        (sg: no gradient),
 
-each square a mean over items and elements, as in public code. (With sums over elements, TIGER's learning rate of 0.4 destroys the
-network in its first step.) The chosen codes are constants in r_(l+1): every level's last term pulls the encoder, and a code vector
-learns from its own level only. ``ema`` books have no gradient and no second term: they are running means of what chose them.
+each square a mean over items and elements, as in public code. The chosen codes are constants in r_(l+1): every level's last term
+pulls the encoder, and a code vector learns from its own level only. ``ema`` books have no gradient and no second term: they are
+running means of what chose them.
 
 Against collapse: books start from k-means of the untrained encoder's residuals, level after level; a code that nobody chose for
 some epochs moves onto the residual of a random item. Distances are fp32; ties go to the lowest index.
@@ -66,7 +66,7 @@ class Settings:
     learning_rate: float = 0.4
     accumulator: float = 0.1
     """Where Adagrad's sums of squares start: 0.1 in TensorFlow and optax. Under PyTorch's 0 the first step has the full learning rate
-    in every weight."""
+    in every weight, and 0.4 destroys the network."""
     weight_decay: float = 0.0
     batch: int = 1024
     """At most: an epoch is cut into batches of equal size."""
@@ -191,8 +191,8 @@ class RQVAE(nn.Module):
 
 
 def mlp(sizes: tuple[int, ...]) -> nn.Sequential:
-    """Linear layers with ReLU between. He's initialisation, no biases at first: with PyTorch's own, the signal shrinks from layer to
-    layer until the biases drown it, and all items start with nearly one latent vector."""
+    """Linear layers with ReLU between. Xavier's initialisation, no biases at first: with PyTorch's own, the signal shrinks from layer
+    to layer until the biases drown it, and all items start with nearly one latent vector."""
     layers: list[nn.Module] = []
     for inner, outer in itertools.pairwise(sizes):
         layer = nn.Linear(inner, outer)
