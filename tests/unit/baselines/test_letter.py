@@ -171,12 +171,12 @@ REGULARISERS = letter.Settings(alignment=0.05, diversity=0.01, clusters=4, clust
 
 
 def items(n: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts in 6 groups, and collaborative vectors in 5 groups that have nothing to do with those."""
+    """Texts mostly say which of 6 groups an item is in, and a little of the 5 groups of its collaborative vector."""
     generator = torch.Generator().manual_seed(0)
     text, bought = torch.randint(6, (n,), generator=generator), torch.randint(5, (n,), generator=generator)
-    x_TD = torch.randn(6, 24, generator=generator)[text] + torch.randn(5, 24, generator=generator)[bought]
+    x_TD = torch.randn(6, 24, generator=generator)[text] + 0.6 * torch.randn(5, 24, generator=generator)[bought]
     h_TZ = 2 * torch.randn(5, 8, generator=generator)[bought]
-    return x_TD + 0.3 * torch.randn(n, 24, generator=generator), h_TZ + 0.3 * torch.randn(n, 8, generator=generator)
+    return x_TD + 0.1 * torch.randn(n, 24, generator=generator), h_TZ + 0.3 * torch.randn(n, 8, generator=generator)
 
 
 def model(settings: letter.Settings = REGULARISERS, vae: rqvae.Settings = VAE, n: int = 300) -> letter.LETTER:
@@ -240,13 +240,15 @@ def test_codebooks_are_grouped_every_few_epochs_from_the_groups_there_are() -> N
 def test_alignment_makes_items_bought_together_share_codes(tmp_path: Path) -> None:
     x_TD, h_TZ = items()
     found = {}
-    for name, settings in (("with", REGULARISERS), ("without", dataclasses.replace(REGULARISERS, alignment=0.0))):
+    for name, alignment in (("with", 0.5), ("without", 0.0)):
+        torch.manual_seed(0)
+        settings = dataclasses.replace(REGULARISERS, alignment=alignment)
         made = letter.LETTER(24, VAE, settings, h_TZ, seed=1)
         (tmp_path / name).mkdir()
         trained = rqvae.Training(made, x_TD, seed=1, checkpoint=tmp_path / name, seconds=100, told=lambda *_: None).run()
         assert all(math.isfinite(value) for value in trained.metrics.values())
         found[name] = letter.collaborative_similarity(made.codes(x_TD).numpy(), h_TZ.numpy())
-    assert found["with"]["collaborative_similarity_1"] > found["without"]["collaborative_similarity_1"] + 0.1
+    assert found["with"]["collaborative_similarity_1"] > found["without"]["collaborative_similarity_1"] + 0.3
     assert abs(found["with"]["collaborative_similarity_any"]) < 0.02
 
 
