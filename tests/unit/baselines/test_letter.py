@@ -432,6 +432,15 @@ def test_configurations_have_keys_that_somebody_reads(name: str, small_domain: S
     assert ("collaborate" in config.get("stages", ["collaborate"])) == bool(settings.letter.alignment)
 
 
+@pytest.mark.parametrize("name", ["lineage", "lineage_minilm", "small", "tiny"])
+def test_what_is_not_letters_is_tigers(name: str) -> None:
+    """So that TIGER's row beside LETTER's shows what the regularisers do."""
+    ours, tigers = load_configuration("letter", name), load_configuration("tiger", name)
+    ours = {key: value for key, value in ours.items() if key not in (*run.OWN_KEYS, *run.LETTER_KEYS, *run.SASREC_KEYS)}
+    assert ours == {key: value for key, value in tigers.items() if key != "quantiser"}
+    assert ours["inputs"] == "standard"  # the weights of the regularisers presuppose it
+
+
 def test_a_stage_uses_what_decides_its_outcome() -> None:
     """Configurations that are equal in a stage's keys share it, so the list must be whole, and no longer than needed."""
     for stage in CONFIGURATIONS["stages"][:-1]:
