@@ -538,6 +538,14 @@ def test_ablations_need_no_collaborative_vectors(stage: Callable[..., Job]) -> N
         stage("tokenize", {})
 
 
+def test_without_both_terms_the_ids_are_tigers(stage: Callable[..., Job], small_domain: SmallDomain, runner: Runner) -> None:
+    ours = SemanticIds.load(stage("tokenize", {}, alignment=0.0, diversity=0.0).output / run.IDS)
+    configuration = {key: value for key, value in TINY.items() if key in tokenizer.KEYS}
+    job, _ = runner.job("tiger", small_domain.path, configuration, stage="tokenize")
+    assert tokenizer.tokenise(job, tokenizer.Settings.take(configuration)[0])[0].digest == ours.digest
+    assert SemanticIds.load(stage("tokenize", {}, alignment=0.0, diversity=0.5).output / run.IDS).digest != ours.digest
+
+
 def test_a_domain_without_training_rows_is_skipped(stage: Callable[..., Job], make_domain: Callable[..., SmallDomain]) -> None:
     with pytest.raises(SystemExit):
         stage("collaborate", {}, path=make_domain([[0, 1, 2], [3, 4, 5]], 6).path)
