@@ -10,6 +10,7 @@ If one fails, torchrun ends the others.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -30,18 +31,22 @@ class Processes:
     @classmethod
     @contextmanager
     def of(cls, device: str) -> Iterator[Processes]:
-        """The processes of this program; ``device`` is the job's. They part when the block ends without an error."""
+        """The processes of this program; ``device`` is the job's. At the end of the block they wait for each other."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = torch.device(device)
         if device == "cuda":
             local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(local)
-        if world > 1:
+        if world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        yield cls(local, rank, world)
+            atexit.register(dist.destroy_process_group)  # not before: a group cannot be made twice, a program may come here twice
+        try:
+            yield cls(local, rank, world)
+        except BaseException:
+            atexit.unregister(dist.destroy_process_group)  # the others do not know yet: do not wait for them
+            raise
         if world > 1:
             dist.barrier()
-            dist.destroy_process_group()
 
     @property
     def first(self) -> bool:

@@ -45,7 +45,7 @@ class Training:
         self.total = settings.epochs * self.mixture.steps_per_epoch
         cuda = processes.device.type == "cuda"
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and cuda)
-        self.forward = torch.compile(model) if self.compiled else model
+        self.forward = torch.compile(model, dynamic=False) if self.compiled else model
         part = -(-settings.batch // (processes.world * settings.accumulate))  # rows that go through the model together, at most
         self.layout = self.mixture.layout(part) if self.compiled or cuda else None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
@@ -83,7 +83,7 @@ class Training:
             steps=self.step,
             epochs=-(-self.step // epoch),
             precision=self.job.precision,
-            attention="sdpa",
+            attention="sdpa" if self.layout else "written out",  # model.py, fused.py
             **self.stopping.meta,
         )
 

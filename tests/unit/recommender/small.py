@@ -74,6 +74,15 @@ def start(program: str, job: Job, *launcher: str, arguments: Sequence[str] = ())
     return subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(process: subprocess.Popen[str], seconds: float = 200) -> str:
+    """What a process has printed. One that hangs is ended, with its children, before that is an error."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends the processes it has started
+        raise AssertionError(f"not done after {seconds} s; it printed:\n{process.communicate()[0]}") from None
+
+
 def curve(job: Job) -> dict[int, dict[str, float]]:
     """The points of the progress curve by step."""
     lines = [json.loads(line) for line in (job.output / "progress.jsonl").read_text().splitlines()]

@@ -63,7 +63,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     process = small.start(PROGRAM, two, *TORCHRUN, arguments=[str(base / "failing.json")])
     torch.set_num_threads(1)
     recommend_with(one, small.ids_of(domain.n_items), Settings.of(configuration)).write(one)
-    output = process.communicate(timeout=200)[0]  # the failing job would take hours if nobody ended it
+    output = small.finish(process)  # the failing job would take hours if nobody ended it
     return Launched(one, two, failing, process.returncode, output)
 
 

@@ -312,6 +312,19 @@ def test_another_configurations_checkpoint_is_refused(tmp_path: Path, corpus: Co
         training(job, [corpus], epochs=1)
 
 
+def test_a_finished_training_started_again_is_finished(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARE", math.inf)
+    job = small.make_job(tmp_path, corpus.domain)
+    metas, models = [], []
+    for _ in range(2):
+        runs = training(job, [corpus], epochs=2, batch=256)
+        metas.append(dataclasses.replace(runs.run(), timings={}))
+        models.append(weights(runs.model))
+    assert metas[0] == metas[1]
+    assert torch.equal(*models)
+    assert len((job.output / "progress.jsonl").read_text().splitlines()) == 2
+
+
 def test_used_seconds_count_across_interruptions(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "SHARE", math.inf)
     job = small.make_job(tmp_path, corpus.domain, seconds=1000)
@@ -395,7 +408,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(tmp_path: Path, doma
     undisturbed, killed = (small.make_job(tmp_path / name, domain, configuration=configuration) for name in ("undisturbed", "killed"))
     killed.write(tmp_path / "killed.json")
     process = small.start(KILLED, undisturbed, arguments=[str(tmp_path / "killed.json")])
-    out = process.communicate(timeout=200)[0]
+    out = small.finish(process)
     assert process.returncode == 0, out
     left = []
     for job in (undisturbed, killed):
