@@ -21,7 +21,7 @@ written so far, F largest fan-out of a level, N nodes of a level, M = B x K, D w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 
 from utgrec.recommender.data import FIRST_USER
-from utgrec.recommender.inference import Inference, Weights
+from utgrec.recommender.inference import Inference, Past, Weights
 from utgrec.recommender.model import PAD, T5
 from utgrec.recommender.trie import Trie
 
-ROWS = {"cpu": 500, "cuda": 1 << 16}
+ROWS_CPU, ROWS_GPU = 400, 1 << 16
 """Beams that are advanced together. On a CPU so few that their activations stay in the cache; on a GPU enough to fill it."""
 OPENINGS = 1 << 16
-"""A level of more nodes gets no table of openings: 134 MB at TIGER's size."""
+"""A level of more nodes gets no table of openings: 34 MB at TIGER's size."""
 
 
 class Histories(Protocol):
@@ -85,7 +85,6 @@ def recommend(
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     todo = iter(list(batches(histories.lengths, lambda length: batch or search.room(length, threads))))
 
-    @torch.inference_mode()
     def work() -> None:
         inference = Inference(weights)
         for rows_B, padded in todo:
@@ -98,7 +97,7 @@ def recommend(
             items_Uk[places_B] = items_Bk
             scores_Uk[places_B] = torch.where(beam_Bk < 0, -torch.inf, score_BK.gather(1, beam_Bk.clamp(min=0).long()))
 
-    in_threads(work, threads)
+    in_threads(work, todo, threads)
     items, scores = items_Uk.cpu().numpy(), scores_Uk.cpu().numpy()
     spent = (items < 0) & np.isfinite(scores)
     return Lists(items, scores, *(float(part.mean()) if part.size else 0.0 for part in (spent[:, :10], spent)))
@@ -131,15 +130,21 @@ def batches(lengths_U: np.ndarray, size: Callable[[int], int]) -> Iterator[tuple
         yield rows_B, bool(lengths_U[rows_B[0]] != lengths_U[rows_B[-1]])
 
 
-def in_threads(work: Callable[[], None], threads: int) -> None:
-    """``work`` in so many threads of one core each: halves of the users never wait for each other, halves of a product would."""
+def in_threads(work: Callable[[], None], todo: Iterator, threads: int) -> None:
+    """``work``, which empties ``todo``, in so many threads of one core each.
+
+    Halves of the users never wait for each other; halves of a product do, and spin while they wait.
+    """
     if threads == 1:
         return work()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for done in [pool.submit(work) for _ in range(threads)]:
-                done.result()
+            try:
+                for done in as_completed([pool.submit(work) for _ in range(threads)]):
+                    done.result()
+            finally:  # after an error or an interrupt nothing more is begun
+                list(todo)
     finally:
         torch.set_num_threads(threads)
 
@@ -150,57 +155,50 @@ class Search:
     def __init__(self, weights: Weights, trie: Trie, beams: int, first_code: int, constrained: bool, users: int):
         """``users`` in all: a table of openings has to pay for itself."""
         self.weights, self.trie, self.beams, self.constrained = weights, trie, beams, constrained
+        self.rows = ROWS_CPU if trie.device.type == "cpu" else ROWS_GPU
         self.first_L = [first_code + level.offset for level in trie.levels]
-        self.openings_L: list[tuple[Tensor, Tensor] | None] = [None] * trie.length
-        if constrained:
-            self.openings_L = list(self._openings(min(OPENINGS, users * beams)))
+        self.openings_L = self._openings(min(OPENINGS, users * beams)) if constrained else []
 
     @torch.inference_mode()
-    def _openings(self, most: int) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """What ``Inference.opening`` gives for each node of a level, x [N, D] and q [N, I]; None if there are more than ``most``."""
-        inference, shape, piece = Inference(self.weights), self.weights.shape, ROWS[self.trie.device.type]
+    def _openings(self, most: int) -> list[Tensor]:
+        """What ``Inference.opening`` gives for each node of a level, x [N, D], as far down as levels have at most ``most`` nodes."""
+        inference, tables = Inference(self.weights), []
         prefix_NT = torch.full((1, 1), PAD, device=self.trie.device)
         for level, first in zip(self.trie.levels, self.first_L, strict=True):
-            if level.n_nodes <= most:
-                x_ND = prefix_NT.new_empty(level.n_nodes, shape.d_model, dtype=torch.float32)
-                q_NI = prefix_NT.new_empty(level.n_nodes, shape.inner, dtype=self.weights.dtype)
-                for x, q, prefix in zip(x_ND.split(piece), q_NI.split(piece), prefix_NT.split(piece), strict=True):
-                    for table, part in zip((x, q), inference.opening(prefix), strict=True):
-                        table.copy_(part)
-                yield x_ND, q_NI
-            else:
-                yield None
+            if level.n_nodes > most:
+                break
+            tables.append(torch.cat([inference.opening(part) for part in prefix_NT.split(self.rows)]))
             parent_C = torch.arange(level.n_nodes, device=prefix_NT.device).repeat_interleave(level.count_N[:-1])
             prefix_NT = torch.cat([prefix_NT[parent_C], level.codes_C.long()[:, None] + first], 1)
+        return tables
 
     def room(self, length: int, threads: int) -> int:
         """How many histories of so many tokens to decode together: what fills the device, and fits."""
         shape, device = self.weights.shape, self.trie.device
-        rows = ROWS[device.type]
         wide = 2 * shape.vocabulary + shape.d_ff + 2 * shape.inner * (2 * self.trie.length * shape.decoder_layers + 3)
         numbers = self.beams * wide + length * (shape.d_ff + shape.inner * (2 * shape.decoder_layers + 5))
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 << 30
-        return max(1, min(rows // self.beams, 2 * rows // length, free // 2 // threads // (4 * numbers)))
+        return max(1, min(self.rows // self.beams, 2 * self.rows // length, free // 2 // threads // (4 * numbers)))
 
+    @torch.inference_mode()
     def __call__(self, inference: Inference, tokens_BS: Tensor, padded: bool) -> tuple[Tensor, Tensor]:
         """Leaves [B, K] (-1 where there is none) and scores [B, K] of the best beams, best first."""
-        memory, users = inference.read(tokens_BS, padded), len(tokens_BS)
-        state_BK = torch.zeros(users, 1, dtype=torch.int32, device=tokens_BS.device)
-        score_BK = torch.zeros(users, 1, device=tokens_BS.device)
-        prefix_BKT = torch.full((users, 1, 1), PAD, device=tokens_BS.device)
-        past: list[list[Tensor]] = [[] for _ in self.weights.decoder[1:]]
-        for number, opening in enumerate(self.openings_L):
-            if opening is None:
-                x_MD, q_MI = inference.opening(prefix_BKT.flatten(0, 1))
+        memory, users, device = inference.read(tokens_BS, padded), len(tokens_BS), tokens_BS.device
+        state_BK = torch.zeros(users, 1, dtype=torch.int32, device=device)
+        score_BK = torch.zeros(users, 1, device=device)
+        prefix_MT = torch.full((users, 1), PAD, device=device)
+        past = Past(len(self.weights.decoder))
+        for number in range(self.trie.length):
+            if number < len(self.openings_L):
+                x_MD = self.openings_L[number].index_select(0, state_BK.flatten().clamp(min=0))
             else:
-                x_MD, q_MI = (table.index_select(0, state_BK.flatten().clamp(min=0)) for table in opening)
-            log_p_BKV = inference.step(x_MD, q_MI, memory, past).view(*score_BK.shape, -1)
+                x_MD = inference.opening(prefix_MT)
+            log_p_BKV = inference.step(x_MD, memory, past).view(*score_BK.shape, -1)
             widen = self._legal if self.constrained else self._free
             score_BK, state_BK, parent_BK, token_BK = widen(number, score_BK, state_BK, log_p_BKV)
-            if number + 1 < self.trie.length:
-                written_BKT = prefix_BKT.gather(1, parent_BK[..., None].expand(-1, -1, number + 1))
-                prefix_BKT = torch.cat([written_BKT, token_BK[..., None]], -1)
-                past = inference.reordered(past, parent_BK)
+            rows_M = (parent_BK + torch.arange(users, device=device)[:, None] * log_p_BKV.size(1)).flatten()
+            prefix_MT = torch.cat([prefix_MT[rows_M], token_BK.view(-1, 1)], 1)
+            past.descend(rows_M)
         return state_BK, score_BK
 
     def _legal(self, number: int, score_BK: Tensor, state_BK: Tensor, log_p_BKV: Tensor) -> tuple[Tensor, ...]:

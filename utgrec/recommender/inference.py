@@ -109,6 +109,23 @@ class Memory(NamedTuple):
     """0, and -inf at padding; None where nothing is padded."""
 
 
+class Past:
+    """Keys and values of the steps before, and the row of each that a beam of now descends from.
+
+    They stay where they were written; a layer gathers what it needs when it needs it, while the next one still sits in memory.
+    """
+
+    def __init__(self, layers: int):
+        self.layers: list[list[Tensor]] = [[] for _ in range(layers)]
+        """For each layer (but the first, which needs none) and step [M of that step, 2I]."""
+        self.rows: list[Tensor | None] = []
+        """For each step [M], or None for the first: its single beam is everyone's."""
+
+    def descend(self, rows_M: Tensor) -> None:
+        """The beams of the next step come from these rows of this one."""
+        self.rows = [*self.rows[:1], *(rows[rows_M] for rows in self.rows[1:]), rows_M] if self.rows else [None]
+
+
 class Buffers:
     """Named pieces of memory that are taken again and again: fresh megabytes cost more page faults than they save lines."""
 
@@ -155,48 +172,36 @@ class Inference:
 
     # ------------------------------------------------------------------------------------------------- the decoder
 
-    def opening(self, prefix_NT: Tensor) -> tuple[Tensor, Tensor]:
-        """What the decoder does before it looks at a user: x [N, D] after the first self-attention, the first cross-attention's q [N, I].
+    def opening(self, prefix_NT: Tensor) -> Tensor:
+        """x [N, D] after the first self-attention: what the decoder does before it looks at a user.
 
-        ``prefix_NT`` holds the start token and the tokens written so far. The next call overwrites q.
+        ``prefix_NT`` holds the start token and the tokens written so far.
         """
-        layer, (q_VI, kv_V2I) = self.weights.decoder[0], self.weights.first_decoder
-        last_N, rows = prefix_NT[:, -1], len(prefix_NT)
-        past = [self._keys_values(self._rows(f"opening {t}", kv_V2I, tokens_N), rows) for t, tokens_N in enumerate(prefix_NT.unbind(1))]
+        (q_VI, kv_V2I), last_N = self.weights.first_decoder, prefix_NT[:, -1]
+        q_N1HE = self._heads(self._rows("q", q_VI, last_N), len(prefix_NT))
+        own = [self._rows(f"past {step}", kv_V2I, tokens_N) for step, tokens_N in enumerate(prefix_NT.unbind(1))]
         x_ND = self.weights.tokens_VD.index_select(0, last_N)
-        _add_product(x_ND, self._look_back(self._heads(self._rows("q", q_VI, last_N), rows), past), layer.o_ID)
-        return x_ND, self._product("q", self._normed(x_ND), layer.cross_q_DI)
+        _add_product(x_ND, self._look_back(q_N1HE, own), self.weights.decoder[0].o_ID)
+        return x_ND
 
-    def step(self, x_MD: Tensor, q_MI: Tensor, memory: Memory, past: list[list[Tensor]]) -> Tensor:
-        """From the openings of all beams to log-probabilities fp32 [M, V]. ``x_MD`` is overwritten.
-
-        ``past`` has a list a layer but the first: keys and values [., 2I] of the steps before, in the order of the beams as they
-        are now; B rows where all beams of a user share them. This step's are appended.
-        """
-        users = len(memory.layers[0][0])
+    def step(self, x_MD: Tensor, memory: Memory, past: Past) -> Tensor:
+        """From the openings of all beams to log-probabilities fp32 [M, V]. Overwrites ``x_MD``, and ``past`` gets this step's part."""
+        users, steps = len(memory.layers[0][0]), len(past.rows)
         for number, layer in enumerate(self.weights.decoder):
             if number:
-                normed_MD, own = self._normed(x_MD), past[number - 1]
-                q_MI = self._product("q", normed_MD, layer.q_DI)
-                own.append(self._product(f"past {number} {len(own)}", normed_MD, layer.kv_D2I))
-                look = self._look_back(self._heads(q_MI, users), [self._keys_values(kv, users) for kv in own])
-                _add_product(x_MD, look, layer.o_ID)
-                q_MI = self._product("q", self._normed(x_MD), layer.cross_q_DI)
-            _add_product(x_MD, self._attend(self._heads(q_MI, users), memory.layers[number], memory.mask_B11S), layer.cross_o_ID)
+                normed_MD, own = self._normed(x_MD), past.layers[number]
+                q_BKHE = self._heads(self._product("q", normed_MD, layer.q_DI), users)
+                seen = [
+                    kv if rows_M is None else self._rows(f"past {step}", kv, rows_M)
+                    for step, (kv, rows_M) in enumerate(zip(own, past.rows, strict=True))
+                ]
+                own.append(self._product(f"past {number} {steps}", normed_MD, layer.kv_D2I))
+                _add_product(x_MD, self._look_back(q_BKHE, [*seen, own[-1]]), layer.o_ID)
+            q_BKHE = self._heads(self._product("q", self._normed(x_MD), layer.cross_q_DI), users)
+            _add_product(x_MD, self._attend(q_BKHE, memory.layers[number], memory.mask_B11S), layer.cross_o_ID)
             self._feed_forward(x_MD, layer)
         logits_MV = self._product("logits", self._normed(x_MD), self.weights.head_DV).float()
         return torch.log_softmax(logits_MV, -1, out=self._buffers.take("log", *logits_MV.shape, logits_MV))
-
-    def reordered(self, past: list[list[Tensor]], parent_BK: Tensor) -> list[list[Tensor]]:
-        """``past`` in the order of the next step's beams. What all beams of a user share stays as it is."""
-        users, number_B1 = len(parent_BK), torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        moved = []
-        for n, layer in enumerate(past):
-            moved.append(layer[:1])
-            for step, kv in enumerate(layer[1:], 1):
-                rows_M = (parent_BK + number_B1 * (len(kv) // users)).flatten()
-                moved[-1].append(self._rows(f"moved {n} {step} {len(layer) % 2}", kv, rows_M))
-        return moved
 
     # ---------------------------------------------------------------------------------------------------- the parts
 
@@ -220,16 +225,17 @@ class Inference:
         q, k, v = (part.transpose(1, 2) for part in (q, *keys_values))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=1.0).transpose(1, 2).reshape(-1, self.shape.inner)
 
-    def _look_back(self, q_BKHE: Tensor, past: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _look_back(self, q_BKHE: Tensor, past: list[Tensor]) -> Tensor:
         """Self-attention of each beam on its own few codes: element by element, for no matrix product is this small. -> [M, I]"""
-        rows, inner = q_BKHE.size(0) * q_BKHE.size(1), self.shape.inner
-        product_BKHE, out_BKHE = (self._buffers.take(name, rows, inner, q_BKHE).view_as(q_BKHE) for name in ("look", "look out"))
-        weight_TBKH = torch.stack([torch.mul(q_BKHE, k, out=product_BKHE).sum(-1) for k, _ in past])
+        (users, beams), inner = q_BKHE.shape[:2], self.shape.inner
+        keys, values = zip(*(self._keys_values(kv, users) for kv in past), strict=True)
+        product_BKHE, out_BKHE = (self._buffers.take(name, users * beams, inner, q_BKHE).view_as(q_BKHE) for name in ("look", "look out"))
+        weight_TBKH = torch.stack([torch.mul(q_BKHE, k, out=product_BKHE).sum(-1) for k in keys])
         weight_TBKH = weight_TBKH.add_(self._decoder_bias(len(past))).softmax(0)
-        torch.mul(weight_TBKH[0, ..., None], past[0][1], out=out_BKHE)
-        for weight_BKH, (_, v) in zip(weight_TBKH[1:], past[1:], strict=True):
+        torch.mul(weight_TBKH[0, ..., None], values[0], out=out_BKHE)
+        for weight_BKH, v in zip(weight_TBKH[1:], values[1:], strict=True):
             out_BKHE.addcmul_(weight_BKH[..., None], v)
-        return out_BKHE.view(rows, inner)
+        return out_BKHE.view(-1, inner)
 
     def _feed_forward(self, x_MD: Tensor, layer: Layer) -> None:
         _add_product(x_MD, self._product("inner", self._normed(x_MD), layer.wi_DF).relu_(), layer.wo_FD)

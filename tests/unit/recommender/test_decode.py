@@ -12,7 +12,8 @@ import torch
 from harness.contract import Ragged
 from tests.generative import TINY, World, world
 from utgrec.recommender.data import Histories
-from utgrec.recommender.decode import Lists, batches, beam_recall, best, exhaustive, recommend
+from utgrec.recommender.decode import Lists, Search, batches, beam_recall, best, exhaustive, recommend
+from utgrec.recommender.inference import Inference, Weights
 from utgrec.recommender.trie import Trie
 from utgrec.semantic_ids import SemanticIds
 
@@ -211,6 +212,34 @@ def test_recall_of_a_beam_against_exhaustive_scoring() -> None:
     made = world(items=300, users=8, widths=(8, 8, 8), **TINY)
     recalls = [beam_recall(made.model, made.trie, made.histories, beams=beams, at=5) for beams in (5, 20, 300)]
     assert recalls[0] < 1 and recalls == sorted(recalls) and recalls[-1] == 1
+
+
+@pytest.mark.parametrize("constrained", [True, False])
+def test_no_step_looks_at_values(constrained: bool) -> None:
+    """Tensors without values (device ``meta``) go through: on a GPU nothing waits, and a graph could be captured."""
+    made = world(items=50, users=4, widths=(8, 8, 8), unique=False, **TINY)
+    weights, trie = Weights.of(made.model.to("meta")), made.trie.to("meta")
+    search = Search(weights, trie, 12, made.first_code, constrained, users=0)
+    for padded in (True, False):
+        leaf_BK, score_BK = search(Inference(weights), torch.empty(4, 21, dtype=torch.int64, device="meta"), padded)
+        assert leaf_BK.shape == score_BK.shape == (4, 12)
+        assert trie.ranked(leaf_BK, 10)[0].shape == (4, 10)
+
+
+def test_an_error_in_one_thread_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, rows, asked = world(items=50, users=40, **TINY), Histories.rows, []
+
+    def failing(histories: Histories, indices: np.ndarray) -> torch.Tensor:
+        asked.append(indices)
+        if len(asked) == 3:
+            raise OSError("gone")
+        return rows(histories, indices)
+
+    monkeypatch.setattr(Histories, "rows", failing)
+    torch.set_num_threads(2)
+    with pytest.raises(OSError, match="gone"):
+        decoded(made, 5, 5, batch=1)
+    assert torch.get_num_threads() == 2 and len(asked) < 40
 
 
 def test_bad_input() -> None:
