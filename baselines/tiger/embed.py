@@ -120,8 +120,10 @@ def _digest(folder: Path) -> str:
 
 def _encode(texts: list[str], folder: Path, file: Path, tokens: int, device: str, told: Callable[[int], None] | None) -> Embeddings:
     """Embed texts block after block; leaves the cache file."""
-    from sentence_transformers import SentenceTransformer  # seconds of import, which a cached run is spared
-
+    try:
+        from sentence_transformers import SentenceTransformer  # seconds of import, which a cached run is spared
+    except ImportError as error:
+        raise ContractError("item texts are embedded with sentence-transformers, which is not installed here: `pip install` it") from error
     # Weights may be stored in half precision; embeddings are fp32 on every device.
     model = SentenceTransformer(str(folder), device=device, local_files_only=True, model_kwargs={"dtype": "float32"})
     if tokens:
