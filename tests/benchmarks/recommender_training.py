@@ -90,7 +90,7 @@ def train_ours(
     weight_decay: float = 0.05,
 ) -> Curve:
     """One pass over the rows, as the training loop does it. ``layout``: put every batch into it (GPU)."""
-    forward = forward or model
+    forward = model if forward is None else forward
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     model.train()
     losses, clock = [], Clock(setting.device, len(indices) // setting.batch)

@@ -2,14 +2,15 @@
 
 In: the packed tokens of a batch, x [N, D], and the weights of a part. Out: x plus what the part adds, and all gradients.
 
-Why: plain autograd spends more time beside the matrix products than in them. Three things cost, and every part here avoids
-them in the same way (figures: one core of an AMD EPYC 9004):
+Why: a step of plain torch on packed rows takes 2.5 s of one core (batch 256 of office2014, AMD EPYC 9004), a step of this 1.8 s,
+its matrix products alone 1.5 s. What it avoids:
 
-- Fresh memory. A new tensor of 34 MB costs 17 ms of page faults where the ReLU that fills it costs 1 ms. So a part walks
-  over the tokens in pieces of about ``PIECE``, works in place, and what it needs again is still in the cache.
-- Random numbers. ``F.dropout`` takes 7.3 ns an element, more than the products around it; ``kept`` takes 1.1 ns. The scales
-  1/(1-p) of two dropouts in a row become one factor of the sum that follows.
-- Padding. Rows lie one after the other in groups of equal length (``Layout``), so that not even attention sees padding.
+- Random numbers. ``F.dropout`` takes 7.3 ns an element, more than the product that made it; ``kept`` takes 1.1 ns (0.25 s).
+  The scales 1/(1-p) of two dropouts in a row become one factor of the sum that follows.
+- Passes over memory. A part walks over its tokens in pieces of about ``PIECE``, adds and multiplies in place, keeps for backward
+  only what it must, and finds the rest in the cache; one comparison undoes ReLU and dropout together (0.4 s, and half of the
+  memory: 0.7 GB for a batch where plain torch takes 1.45).
+- Padding. Rows lie one after the other in groups of equal length (``Layout``), so that attention sees none (model.py).
 
 Legend: N tokens of a batch, R rows of a piece, S tokens of a row, D width, H heads, E head width, F inner width, Q queries.
 """
