@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ import pytest
 from tests.web_server import web_server
 
 __all__ = ["shared_data", "web_server"]
+
+
+def pytest_configure() -> None:
+    """A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
