@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from harness.contract import HISTORY, ContractError, Domain, Job, Meta, Progress, Ragged, Stopping, ndcg_at_10
 
 LOGITS = 2**25
-"""Scores that are in memory at a time: 128 MiB, and as much again for their gradient."""
+"""Scores that are in memory at a time: 128 MiB, as much again for their gradient, and on a GPU 8 times as many."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ class Training:
         self.order = torch.Generator().manual_seed(job.seed)  # apart from the generator of dropout
         self.epoch, self.steps, self.spent = 0, 0, 0.0
         self.best: dict[str, torch.Tensor] | None = None
+        self.rows = max(32, LOGITS * (8 if job.device == "cuda" else 1) // domain.n_items)  # of scores at a time
         self._save_after = 0.0
 
     def run(self) -> Meta:
@@ -179,19 +180,21 @@ class Training:
             self.steps += 1
             if job.remaining <= 0:
                 break
-        return float(np.mean(losses)) if losses else 0.0
+        return float(torch.stack(losses).mean())
 
-    def backward(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> float:
-        """The gradient of the mean loss over all positions with a target, their scores a part at a time."""
-        n_targets, loss = int((targets_BL > 0).sum()), 0.0
-        part = max(1, LOGITS // (self.domain.n_items * HISTORY))
-        for part_BL, wanted_BL in zip(inputs_BL.split(part), targets_BL.split(part), strict=True):
-            there_BL = wanted_BL > 0
-            with torch.autocast(self.job.device, torch.bfloat16, enabled=self.job.precision == "bf16"):
-                scores_TI = self.model.scores(self.model(part_BL)[there_BL])
-                part_loss = F.cross_entropy(scores_TI.float(), wanted_BL[there_BL] - 1, reduction="sum") / n_targets
-            part_loss.backward()
-            loss += part_loss.item()
+    def backward(self, inputs_BL: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
+        """The gradient of the mean loss over all positions with a target. Their scores are made a part at a time, and each part's
+        gradient is left at the states, from where all of it goes back at once."""
+        there_BL, loss = targets_BL > 0, torch.zeros((), device=targets_BL.device)
+        wanted_T = targets_BL[there_BL] - 1
+        with torch.autocast(self.job.device, torch.bfloat16, enabled=self.job.precision == "bf16"):
+            state_TD = self.model(inputs_BL)[there_BL]
+            leaf_TD = state_TD.detach().requires_grad_()
+            for part_TD, part_T in zip(leaf_TD.split(self.rows), wanted_T.split(self.rows), strict=True):
+                part = F.cross_entropy(self.model.scores(part_TD).float(), part_T, reduction="sum") / len(wanted_T)
+                part.backward()
+                loss += part.detach()
+        state_TD.backward(leaf_TD.grad)
         return loss
 
     @torch.no_grad()
@@ -201,7 +204,7 @@ class Training:
         inputs = self.domain.valid_inputs()
         history_UL = torch.from_numpy(inputs.padded(HISTORY).astype(np.int64) + 1)
         last_U = torch.from_numpy(np.maximum(inputs.lengths - 1, 0))
-        size, lists = max(32, min(2048, LOGITS // self.domain.n_items)), []
+        size, lists = min(2048, self.rows), []
         for part_BL, last_B in zip(history_UL.split(size), last_U.split(size), strict=True):
             state_BLD = self.model(part_BL.to(self.job.device))
             scores_BI = self.model.scores(state_BLD[torch.arange(len(last_B)), last_B])

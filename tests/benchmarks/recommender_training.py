@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,14 +109,27 @@ def train_ours(
     return clock.curve(losses)
 
 
-def captured(model: T5, rows: Histories, indices: np.ndarray, setting: Setting, layout: Layout, compiled: bool) -> Curve:
+def compiled(rows: Histories, indices: np.ndarray, setting: Setting, layout: Layout, mode: str) -> Callable[[], Curve]:
+    """The step through ``torch.compile``, compiled before the clock runs."""
+    model = fresh(rows, setting.dropout, setting.device)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = torch.compile(model, dynamic=False, mode=mode)
+    train_ours(model, rows, np.tile(indices[: setting.batch], 4), setting, forward=forward, layout=layout)
+
+    def run() -> Curve:
+        model.load_state_dict(first)
+        return train_ours(model, rows, indices, setting, forward=forward, layout=layout)
+
+    return run
+
+
+def captured(rows: Histories, indices: np.ndarray, setting: Setting, layout: Layout, compile_too: bool) -> Callable[[], Curve]:
     """The whole step, optimizer included, as one CUDA graph that is replayed: how fast it can be without any launches."""
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    model = fresh(rows, setting.dropout, "cuda").train()
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    forward = torch.compile(model, dynamic=False) if compile_too else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-3, device="cuda"), weight_decay=0.05, fused=True, capturable=True)
-    model.train()
     static = rows.batch(indices[: setting.batch]).into(layout).to("cuda")
-    if static.layout != layout:
-        raise SystemExit("the first batch does not fit into the layout")
 
     def step() -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -125,7 +139,6 @@ def captured(model: T5, rows: Histories, indices: np.ndarray, setting: Setting, 
         optimizer.zero_grad()
         return loss.detach()
 
-    kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -135,21 +148,25 @@ def captured(model: T5, rows: Histories, indices: np.ndarray, setting: Setting, 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loss = step()
-    model.load_state_dict(kept)  # in place: what the graph writes to
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
-    losses, clock = [], Clock("cuda", len(indices) // setting.batch)
-    for rows_B in np.split(indices, len(indices) // setting.batch):
-        batch = rows.batch(rows_B).into(layout)
-        if batch.layout != layout:
-            raise SystemExit("a batch does not fit into the layout; choose another seed")
-        static.tokens_N.copy_(batch.tokens_N.pin_memory(), non_blocking=True)
-        static.codes_BL.copy_(batch.codes_BL.pin_memory(), non_blocking=True)
-        graph.replay()
-        losses.append(loss.clone())
-        clock.tick()
-    return clock.curve(losses)
+
+    def run() -> Curve:
+        model.load_state_dict(first)  # in place: the graph reads and writes this memory
+        for state in optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        losses, clock = [], Clock("cuda", len(indices) // setting.batch)
+        for rows_B in np.split(indices, len(indices) // setting.batch):
+            batch = rows.batch(rows_B).into(layout)
+            if batch.layout != static.layout:
+                raise ValueError("a batch does not fit into the layout; choose other rows")
+            static.tokens_N.copy_(batch.tokens_N.pin_memory(), non_blocking=True)
+            static.codes_BL.copy_(batch.codes_BL.pin_memory(), non_blocking=True)
+            graph.replay()
+            losses.append(loss.clone())
+            clock.tick()
+        return clock.curve(losses)
+
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------- the floor
@@ -227,51 +244,57 @@ def on_cpu(setting: Setting) -> dict[str, dict[str, float]]:
     return measured
 
 
-def on_gpu(setting: Setting) -> dict[str, dict[str, float]]:
+def on_gpu(setting: Setting, only: str = "") -> dict[str, dict[str, float]]:
     """Hugging Face plain and compiled; ours plain, compiled, with CUDA graphs, and as one graph; padded and in steps."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch._dynamo.config.recompile_limit = 64  # every way has a model of its own, and all share their code
     rows = histories()
     indices = np.random.default_rng(1).permutation(len(rows))[: setting.batch * (setting.steps + 1)]
     theirs = plain_rows(rows, indices)
-    longest = int(rows.lengths.max())
-    layouts = {"padded": ((setting.batch, longest),), "steps": stairs(rows.lengths, setting.batch)}
+    steps = stairs(rows.lengths, setting.batch)
+    layouts = {
+        "padded": ((setting.batch, int(rows.lengths.max())),),
+        "steps": steps,
+        "steps of 8": tuple((count, -(-length // 8) * 8) for count, length in steps),  # as attention kernels like them
+    }
 
-    def hugging_face(**how: object) -> Curve:
-        return train_theirs(fresh(rows, setting.dropout), theirs, batch=setting.batch, precision=setting.precision, device="cuda", **how)  # type: ignore[arg-type]
+    def hugging_face(**how: Any) -> Curve:
+        model = fresh(rows, setting.dropout)
+        return train_theirs(model, theirs, batch=setting.batch, precision=setting.precision, device=setting.device, **how)
 
-    def ours(layout: Layout, mode: str | None) -> Curve:
-        torch._dynamo.reset()
-        model = fresh(rows, setting.dropout, "cuda")
-        forward = torch.compile(model, dynamic=False, mode=mode) if mode else model
-        if mode:  # what compiling costs is not a step's time
-            train_ours(model, rows, np.tile(indices[: setting.batch], 4), setting, forward=forward, layout=layout)
-        return train_ours(model, rows, indices, setting, forward=forward, layout=layout)
+    def plain(layout: Layout) -> Curve:
+        return train_ours(fresh(rows, setting.dropout, setting.device), rows, indices, setting, layout=layout)
 
-    def one_graph(layout: Layout, compiled: bool) -> Curve:
-        torch._dynamo.reset()
-        return captured(fresh(rows, setting.dropout, "cuda"), rows, indices, setting, layout, compiled)
-
-    sides: dict[str, Callable[[], Curve]] = {
-        "hugging face": lambda: hugging_face(),
-        "hugging face, eager attention": lambda: hugging_face(attention="eager"),
-        "hugging face, compiled": lambda: hugging_face(compiled=True),
+    makers: dict[str, Callable[[], Callable[[], Curve]]] = {
+        "hugging face": lambda: hugging_face,
+        "hugging face, eager attention": lambda: lambda: hugging_face(attention="eager"),
+        "hugging face, compiled": lambda: lambda: hugging_face(compiled=True),
     }
     for name, layout in layouts.items():
-        sides |= {
-            f"ours, {name}": lambda layout=layout: ours(layout, None),
-            f"ours, {name}, compiled": lambda layout=layout: ours(layout, "default"),
-            f"ours, {name}, compiled with graphs": lambda layout=layout: ours(layout, "reduce-overhead"),
-            f"ours, {name}, one graph": lambda layout=layout: one_graph(layout, False),
-            f"ours, {name}, compiled, one graph": lambda layout=layout: one_graph(layout, True),
+        makers |= {
+            f"ours, {name}": lambda layout=layout: lambda: plain(layout),
+            f"ours, {name}, compiled": lambda layout=layout: compiled(rows, indices, setting, layout, "default"),
+            f"ours, {name}, compiled with graphs": lambda layout=layout: compiled(rows, indices, setting, layout, "reduce-overhead"),
+            f"ours, {name}, one graph": lambda layout=layout: captured(rows, indices, setting, layout, False),
+            f"ours, {name}, compiled, one graph": lambda layout=layout: captured(rows, indices, setting, layout, True),
         }
     working = {}
-    for name, side in sides.items():
+    for name, make in makers.items():
+        if name != "hugging face" and only not in name:
+            continue
+        start = time.perf_counter()
         try:
+            side = make()
             curve = side()
-            working[name] = side
-            print(f"{name}: {statistics.mean(curve.seconds) * 1e3:.2f} ms a step, loss {curve.losses[0]:.4f} ... {curve.losses[-1]:.4f}")
         except Exception as error:  # one way that does not work must not hide the others
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        working[name] = side
+        losses = f"loss {curve.losses[0]:.4f} ... {curve.losses[-1]:.4f}"
+        print(
+            f"{name}: {statistics.mean(curve.seconds) * 1e3:.2f} ms a step, {losses}, ready in {time.perf_counter() - start:.0f} s",
+            flush=True,
+        )
     return take_turns(working, setting.repeats)
 
 
@@ -282,6 +305,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a repeat, without its first (2 on CPU, 50 on a GPU)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="on a GPU: of our ways only those with this in their name")
     given = parser.parse_args()
     setting = Setting(
         given.device,
@@ -290,7 +314,7 @@ def main() -> None:
         repeats=given.repeats,
         threads=given.threads,
     )
-    measured = on_cpu(setting) if given.device == "cpu" else on_gpu(setting)
+    measured = on_cpu(setting) if given.device == "cpu" else on_gpu(setting, given.only)
     machine = (
         torch.cuda.get_device_name()
         if given.device == "cuda"

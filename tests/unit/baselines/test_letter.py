@@ -344,16 +344,25 @@ def test_states_depend_on_the_past_alone_and_padding_on_nothing() -> None:
     assert torch.equal(model.scores(state_BLD[0, :1])[0, 7], state_BLD[0, 0] @ model.items.weight[8])
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(collaborate_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_the_scores_give_the_gradient_of_the_whole(collaborate_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     job = collaborate_job()
     gradients = []
-    for logits in (sasrec.LOGITS, 120 * 20 * 3):
+    for logits in (sasrec.LOGITS, 0):  # all scores at once; 32 rows at a time
         monkeypatch.setattr(sasrec, "LOGITS", logits)
         torch.manual_seed(0)
         training = sasrec.Training(job, dataclasses.replace(TINY_SASREC, dropout=0.0), job.domain)
-        training.backward(training.inputs_WL[:10], training.targets_WL[:10])
-        gradients.append(training.model.items.weight.grad)
-    torch.testing.assert_close(gradients[0], gradients[1])
+        loss = training.backward(training.inputs_WL[:20], training.targets_WL[:20])
+        gradients.append([parameter.grad for parameter in training.model.parameters()])
+        there_BL = training.targets_WL[:20] > 0
+        training.model.zero_grad()
+        scores_TI = training.model.scores(training.model(training.inputs_WL[:20])[there_BL])
+        right = torch.nn.functional.cross_entropy(scores_TI, training.targets_WL[:20][there_BL] - 1)
+        right.backward()
+        gradients.append([parameter.grad for parameter in training.model.parameters()])
+        torch.testing.assert_close(loss, right.detach())
+    assert there_BL.sum() > 64
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other)
 
 
 @pytest.fixture
