@@ -140,7 +140,8 @@ def test_compose_file_keeps_its_promises(compose: Compose) -> None:
     assert worker["cap_drop"] == ["ALL"]
     assert not worker.get("cap_add")
     assert worker["security_opt"] == ["no-new-privileges:true"]
-    assert {(mount["source"], mount.get("read_only", False)) for mount in worker["volumes"]} == {("jobs", False), ("public", True)}
+    mounts = {(mount["source"], mount.get("read_only", False)) for mount in worker["volumes"]}
+    assert mounts == {("jobs", False), ("public", True), (str(compose.folder / "data" / "huggingface"), True)}
     assert "MLFLOW_TRACKING_URI" not in worker["environment"]
 
     def has_internet(service: dict[str, dict[str, object]]) -> bool:
