@@ -32,7 +32,7 @@ import torch
 
 from tests.generative import World, world
 from utgrec.recommender.data import Histories
-from utgrec.recommender.decode import Search, batches, in_threads, recommend
+from utgrec.recommender.decode import Search, batches, in_threads, one_core_a_thread, recommend
 from utgrec.recommender.inference import PRECISIONS, Weights
 from utgrec.recommender.model import Shape
 
@@ -166,7 +166,8 @@ def measure_cpu(
             for key in keys:
                 mine[key]()
 
-        in_threads(work, keys, 2)
+        with one_core_a_thread():
+            in_threads(work, keys, 2)
 
     ours = lambda histories=made.histories, **how: recommend(made.model, made.trie, histories, k=BEAMS, beams=BEAMS, **how)  # noqa: E731
     generate = lambda: peer.generate(theirs, some, len(WIDTHS), BEAMS, peer_settings["batch"], callback)  # noqa: E731

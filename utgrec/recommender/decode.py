@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -77,27 +78,27 @@ def recommend(
     """The k best items of every user. ``batch``: users decoded together; None chooses. On a CPU as many threads as torch may use."""
     if not 1 <= k <= beams:
         raise ValueError(f"k = {k} items cannot come from {beams} beams; use a k from 1 to the beam width")
-    weights, users = Weights.of(model, precision), len(histories)
-    device = weights.tokens_VD.device
-    search = Search(weights, trie.to(device), beams, FIRST_USER + histories.user_tokens, constrained, users)
+    users, device = len(histories), model.tokens.weight.device
     items_Uk = torch.empty(users, k, dtype=torch.int32, device=device)
     scores_Uk = torch.empty(users, k, device=device)
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    todo = iter(list(batches(histories.lengths, lambda length: batch or search.room(length, threads))))
+    with one_core_a_thread() as cores:
+        threads = cores if device.type == "cpu" else 1
+        weights = Weights.of(model, precision)
+        search = Search(weights, trie.to(device), beams, FIRST_USER + histories.user_tokens, constrained, users)
+        todo = iter(list(batches(histories.lengths, lambda length: batch or search.room(length, threads))))
 
-    def work() -> None:
-        inference = Inference(weights)
-        for rows_B, padded in todo:
-            tokens_BS = histories.rows(rows_B)
-            if device.type == "cuda":
-                tokens_BS = tokens_BS.pin_memory().to(device, non_blocking=True)
-            leaf_BK, score_BK = search(inference, tokens_BS, padded)
-            items_Bk, beam_Bk = search.trie.ranked(leaf_BK, k)
-            places_B = torch.from_numpy(rows_B).to(device, non_blocking=True)
-            items_Uk[places_B] = items_Bk
-            scores_Uk[places_B] = torch.where(beam_Bk < 0, -torch.inf, score_BK.gather(1, beam_Bk.clamp(min=0).long()))
+        def work() -> None:
+            inference = Inference(weights)
+            for rows_B, padded in todo:
+                tokens_BS, places_B = histories.rows(rows_B), torch.from_numpy(rows_B)
+                if device.type == "cuda":
+                    tokens_BS, places_B = (part.pin_memory().to(device, non_blocking=True) for part in (tokens_BS, places_B))
+                leaf_BK, score_BK = search(inference, tokens_BS, padded)
+                items_Bk, beam_Bk = search.trie.ranked(leaf_BK, k)
+                items_Uk[places_B] = items_Bk
+                scores_Uk[places_B] = torch.where(beam_Bk < 0, -torch.inf, score_BK.gather(1, beam_Bk.clamp(min=0).long()))
 
-    in_threads(work, todo, threads)
+        in_threads(work, todo, threads)
     items, scores = items_Uk.cpu().numpy(), scores_Uk.cpu().numpy()
     spent = (items < 0) & np.isfinite(scores)
     return Lists(items, scores, *(float(part.mean()) if part.size else 0.0 for part in (spent[:, :10], spent)))
@@ -130,23 +131,30 @@ def batches(lengths_U: np.ndarray, size: Callable[[int], int]) -> Iterator[tuple
         yield rows_B, bool(lengths_U[rows_B[0]] != lengths_U[rows_B[-1]])
 
 
-def in_threads(work: Callable[[], None], todo: Iterator, threads: int) -> None:
-    """``work``, which empties ``todo``, in so many threads of one core each.
+@contextmanager
+def one_core_a_thread() -> Iterator[int]:
+    """Products within use one core. Gives the number of cores torch may use: threads of our own use them better.
 
     Halves of the users never wait for each other; halves of a product do, and spin while they wait.
     """
-    if threads == 1:
-        return work()
+    cores = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                for done in as_completed([pool.submit(work) for _ in range(threads)]):
-                    done.result()
-            finally:  # after an error or an interrupt nothing more is begun
-                list(todo)
+        yield cores
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(cores)
+
+
+def in_threads(work: Callable[[], None], todo: Iterator, threads: int) -> None:
+    """``work``, which empties ``todo``, in so many threads."""
+    if threads == 1:
+        return work()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for done in as_completed([pool.submit(work) for _ in range(threads)]):
+                done.result()
+        finally:  # after an error or an interrupt nothing more is begun
+            list(todo)
 
 
 class Search:
