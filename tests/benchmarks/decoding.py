@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -221,10 +220,16 @@ def memory(who: str, batch: int | None) -> int:
 
         theirs, callback = peer.hugging_face(made.model), peer.walk(made.ids.tokens_IL + made.first_code)
         work = lambda: peer.generate(theirs, made.histories, len(WIDTHS), BEAMS, batch or 64, callback)  # noqa: E731
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here; ru_maxrss would begin with that of the parent
+    before = resident("VmRSS")
     work()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """Bytes, of this process, now (``VmRSS``) or at the most (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def memory_apart(who: str, batch: int | None = None) -> int:
