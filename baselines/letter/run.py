@@ -19,8 +19,9 @@ import torch
 
 from baselines.letter import letter, sasrec
 from baselines.tiger import rqvae, tokenizer
-from baselines.tiger.run import IDS, refuse
+from baselines.tiger.run import IDS
 from harness.contract import ContractError, Job, main, skip
+from utgrec.configuration import refuse
 from utgrec.recommender.run import recommend_with
 from utgrec.recommender.settings import Settings as RecommenderSettings
 from utgrec.semantic_ids import NearestLast, SemanticIds
@@ -111,9 +112,7 @@ def tokenize(job: Job) -> None:
 def fit(job: Job) -> None:
     _, rest = Settings.take(job.configuration)
     settings, rest = RecommenderSettings.take(rest)
-    refuse(
-        rest, (*(field.name for field in dataclasses.fields(RecommenderSettings)), *OWN_KEYS, *LETTER_KEYS, *SASREC_KEYS, *tokenizer.KEYS)
-    )
+    refuse(rest, (*RecommenderSettings.keys(), *OWN_KEYS, *LETTER_KEYS, *SASREC_KEYS, *tokenizer.KEYS))
     ids = SemanticIds.load(job.inputs["tokenize"] / IDS)
     spent = float(ids.report["tokenizer_seconds"]) + float(ids.report.get("sasrec_seconds", 0.0))
     recommend_with(with_seconds(job, job.budget.seconds - spent), ids, settings).write(job)

@@ -8,10 +8,10 @@ Stages: ``tokenize`` makes the ids of a domain (tokenizer.py); ``fit`` trains th
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
 from baselines.tiger import tokenizer
-from harness.contract import ContractError, Job, main, skip
+from harness.contract import Job, main, skip
+from utgrec.configuration import refuse
 from utgrec.recommender.run import recommend_with
 from utgrec.recommender.settings import Settings
 from utgrec.semantic_ids import SemanticIds
@@ -31,7 +31,7 @@ def fit(job: Job) -> None:
     settings, rest = Settings.take(job.configuration)
     column = rest.pop("codes", "")
     _, rest = tokenizer.Settings.take(rest)
-    refuse(rest, ("codes", *(field.name for field in dataclasses.fields(Settings)), *tokenizer.KEYS))
+    refuse(rest, ("codes", *Settings.keys(), *tokenizer.KEYS))
     if column:
         if column not in (present := [name for name in job.domain.items.column_names if name.startswith("codes_")]):
             skip(job, f"the domain brings no ids {column!r}; it has {', '.join(present) or 'none'}")
@@ -42,12 +42,6 @@ def fit(job: Job) -> None:
         left = job.budget.seconds - float(ids.report["tokenizer_seconds"])
         job = dataclasses.replace(job, budget=dataclasses.replace(job.budget, seconds=left))
     recommend_with(job, ids, settings).write(job)
-
-
-def refuse(unknown: dict[str, object], known: tuple[str, ...]) -> None:
-    if unknown:
-        near = difflib.get_close_matches(next(iter(unknown)), known, 1)
-        raise ContractError(f"configuration keys {sorted(unknown)} are unknown{f'; did you mean {near[0]!r}?' if near else ''}")
 
 
 if __name__ == "__main__":

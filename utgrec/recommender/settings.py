@@ -7,21 +7,19 @@ and their own tokenizers alike. What the TIGER paper (arXiv 2305.05065, section 
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from harness.contract import ContractError
+from utgrec.configuration import Configuration
 from utgrec.recommender.model import Shape
-
-SCHEDULES = ("cosine", "inverse_square_root", "constant")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Configuration):
+    CHOICES: ClassVar = {"schedule": ("cosine", "inverse_square_root", "constant"), "compile": ("auto", "on", "off")}
+
     # ------------------------------------------------------------------------------------------------------- the T5
     d_model: int = 128
     """Width. The same in TIGER."""
@@ -81,27 +79,12 @@ class Settings:
     keep_model: bool = False
     """Leave the best weights in the output folder (``model/``)."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, field.type)
-        at_least = {
-            **dict.fromkeys(("d_model", "d_ff", "heads", "d_kv", "encoder_layers", "decoder_layers"), 1),
-            **dict.fromkeys(("batch", "accumulate", "epochs", "eval_every", "valid_beams", "beams"), 1),
-            **dict.fromkeys(
-                ("user_tokens", "weight_decay", "clip", "warmup_steps", "schedule_epochs", "valid_users", "dropout", "learning_rate_end"), 0
-            ),
-        }
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ContractError(f"{name} = {getattr(self, name)}: use {least} or more")
-        for name in ("learning_rate", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ContractError(f"{name} = {getattr(self, name)}: use a number above 0")
-        for name, values in (("schedule", SCHEDULES), ("compile", ("auto", "on", "off"))):
-            if getattr(self, name) not in values:
-                raise ContractError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(map(repr, values))}")
-        if self.dropout >= 1:
-            raise ContractError(f"dropout = {self.dropout}: use a share below 1")
+    def check(self) -> None:
+        self._at_least(1, "d_model", "d_ff", "heads", "d_kv", "encoder_layers", "decoder_layers")
+        self._at_least(1, "batch", "accumulate", "epochs", "eval_every", "valid_beams", "beams")
+        self._at_least(0, "user_tokens", "weight_decay", "clip", "warmup_steps", "schedule_epochs", "valid_users", "learning_rate_end")
+        self._above_zero("learning_rate", "temperature")
+        self._below_one("dropout")
         if self.valid_beams < 10:
             raise ContractError(f"valid_beams = {self.valid_beams}: NDCG@10 needs lists of 10; use 10 or more")
         if self.schedule == "cosine" and 0 < self.schedule_epochs < self.epochs and self.learning_rate_end == 0:
@@ -110,31 +93,6 @@ class Settings:
                 f"schedule_epochs = {self.schedule_epochs}: the last {rest} of {self.epochs} epochs would have a learning rate of 0; "
                 "lower epochs, or give learning_rate_end a share above 0"
             )
-
-    def _check_type(self, name: str, kind: Any) -> None:
-        """TOML knows 1 and 1.0 apart, Python's True is a 1: be exact about both, and take a whole number for a float."""
-        value = getattr(self, name)
-        if kind == "float" and type(value) is int:
-            object.__setattr__(self, name, value := float(value))
-        if type(value).__name__ != kind or (kind == "float" and not math.isfinite(value)):
-            raise ContractError(f"{name} = {value!r}: this key takes {'a finite number' if kind == 'float' else kind}")
-
-    @classmethod
-    def take(cls, configuration: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-        """The settings in a method's configuration, and the keys that are left, which are the method's own."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        mine = {name: value for name, value in configuration.items() if name in names}
-        return cls(**mine), {name: value for name, value in configuration.items() if name not in names}
-
-    @classmethod
-    def of(cls, configuration: Mapping[str, Any]) -> Settings:
-        """The settings, of a configuration that has no other keys. Raises ContractError with the nearest name."""
-        settings, rest = cls.take(configuration)
-        if rest:
-            names = [field.name for field in dataclasses.fields(cls)]
-            near = difflib.get_close_matches(next(iter(rest)), names, 1)
-            raise ContractError(f"configuration keys {sorted(rest)} are unknown{f'; did you mean {near[0]!r}?' if near else ''}")
-        return settings
 
     def shape(self, n_codes: int) -> Shape:
         """The T5 for this many code tokens: padding, end, the users' tokens, then the codes."""

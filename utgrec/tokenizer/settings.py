@@ -6,26 +6,23 @@ that is silent, those of its authors' released tokenizer training. An ablation o
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from harness.contract import ContractError
-
-CHOICES = {
-    "encoder": ("qwen2-vl", "tiny", "text"),
-    "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
-    "book_kind": ("simvq", "vq", "ema"),
-    "adapt": ("w", "all", "none"),
-    "sharding": ("none", "zero2", "zero3"),
-}
+from utgrec.configuration import Configuration
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Configuration):
+    CHOICES: ClassVar = {
+        "encoder": ("qwen2-vl", "tiny", "text"),
+        "attention": ("auto", "sdpa", "flash_attention_2", "eager"),
+        "book_kind": ("simvq", "vq", "ema"),
+        "adapt": ("w", "all", "none"),
+        "sharding": ("none", "zero2", "zero3"),
+    }
+
     # ----------------------------------------------------------------------------------------- the encoder, section 3.1
     encoder: str = "qwen2-vl"
     """``qwen2-vl``; ``tiny``: its classes with random weights; ``text``: a sentence encoder."""
@@ -133,55 +130,20 @@ class Settings:
     workers: int = 0
     """Processes that read and decode pictures beside the training; 0: none."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            self._check_type(field.name, field.type)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ContractError(f"{name} = {getattr(self, name)!r}: use one of {', '.join(map(repr, known))}")
-        ones = ("text_tokens", "pixels_min", "levels", "root", "leaf", "code_width", "mlp_hidden", "mask_tokens", "diffusion_width")
-        ones += ("diffusion_depth", "diffusion_steps", "diffusion_repeats", "tokenizer_epochs", "adapt_epochs", "tokenizer_batch")
-        at_least = {**dict.fromkeys((*ones, "tokenizer_micro"), 1), "pixels_max": self.pixels_min}
-        weights = ("picture_weight", "code_weight", "align_weight", "cooccurrence_weight", "beta", "tokenizer_weight_decay")
-        at_least |= dict.fromkeys(
-            (*weights, "lora_rank", "frozen_layers", "quantise_after", "tokenizer_clip", "workers", "tokenizer_warmup"), 0
-        )
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ContractError(f"{name} = {getattr(self, name)}: use {least} or more")
-        for name in ("tokenizer_learning_rate", "adapt_learning_rate", "temperature_align", "lora_alpha", "tokenizer_share"):
-            if getattr(self, name) <= 0:
-                raise ContractError(f"{name} = {getattr(self, name)}: use a number above 0")
-        for name in ("dropout", "lora_dropout", "book_decay", "tokenizer_warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ContractError(f"{name} = {getattr(self, name)}: use a share from 0 up to below 1")
+    def check(self) -> None:
+        self._at_least(1, "text_tokens", "pixels_min", "levels", "root", "leaf", "code_width", "mlp_hidden", "mask_tokens")
+        self._at_least(1, "diffusion_width", "diffusion_depth", "diffusion_steps", "diffusion_repeats")
+        self._at_least(1, "tokenizer_epochs", "adapt_epochs", "tokenizer_batch", "tokenizer_micro")
+        self._at_least(0, "picture_weight", "code_weight", "align_weight", "cooccurrence_weight", "beta", "tokenizer_weight_decay")
+        self._at_least(0, "lora_rank", "frozen_layers", "quantise_after", "tokenizer_clip", "workers")
+        self._above_zero("tokenizer_learning_rate", "adapt_learning_rate", "temperature_align", "lora_alpha", "tokenizer_share")
+        self._below_one("dropout", "lora_dropout", "book_decay", "tokenizer_warmup")
+        if self.pixels_max < self.pixels_min:
+            raise ContractError(f"pixels_max = {self.pixels_max}: use pixels_min ({self.pixels_min}) or more")
         if not (self.use_text or self.use_pictures):
             raise ContractError("use_text and use_pictures are both false: the encoder would read nothing; leave one of them on")
         if self.encoder == "text" and not self.use_text:
             raise ContractError("use_text = false with encoder = 'text', which reads nothing else; use 'qwen2-vl' or 'tiny'")
-
-    def _check_type(self, name: str, kind: Any) -> None:
-        """TOML knows 1 and 1.0 apart, Python's True is a 1: be exact about both, and take a whole number for a float."""
-        value = getattr(self, name)
-        if kind == "float" and type(value) is int:
-            object.__setattr__(self, name, value := float(value))
-        if type(value).__name__ != kind or (kind == "float" and not math.isfinite(value)):
-            raise ContractError(f"{name} = {value!r}: this key takes {'a finite number' if kind == 'float' else kind}")
-
-    @classmethod
-    def take(cls, configuration: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:
-        """The settings in a method's configuration, and the keys that are left, which are not the tokenizer's."""
-        mine = {name: value for name, value in configuration.items() if name in KEYS}
-        return cls(**mine), {name: value for name, value in configuration.items() if name not in KEYS}
-
-    @classmethod
-    def of(cls, configuration: Mapping[str, Any]) -> Settings:
-        """The settings, of a configuration that has no other keys. Raises ContractError with the nearest name."""
-        settings, rest = cls.take(configuration)
-        if rest:
-            near = difflib.get_close_matches(next(iter(rest)), KEYS, 1)
-            raise ContractError(f"configuration keys {sorted(rest)} are unknown{f'; did you mean {near[0]!r}?' if near else ''}")
-        return settings
 
     @property
     def books(self) -> tuple[int, ...]:
@@ -192,6 +154,3 @@ class Settings:
     def widths(self) -> tuple[int, ...]:
         """Codes of each position."""
         return (self.root, *(self.leaf,) * (self.levels - 1))
-
-
-KEYS = tuple(field.name for field in dataclasses.fields(Settings))
