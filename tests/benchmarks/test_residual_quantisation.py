@@ -106,6 +106,7 @@ def scikit_learn(x_ID: torch.Tensor, seed: int, make: Callable[[int], Any]) -> L
     return Levels(float((left_ID**2).sum(1).mean()), steps)
 
 
+@pytest.mark.timeout(7200)
 def test_residual_kmeans_beside_scikit_learn(benchmark: BenchmarkFixture, x_ID: torch.Tensor) -> None:
     rivals: dict[str, Callable[[int], Levels]] = {
         "ours": lambda seed: ours(x_ID, seed),
@@ -177,6 +178,7 @@ class _Matrices(dict[tuple[int, int], torch.Tensor]):
 FLOOR = _Matrices()
 
 
+@pytest.mark.timeout(3600)
 def test_rqvae_beside_the_plain_loop(benchmark: BenchmarkFixture, x_ID: torch.Tensor, tmp_path: Path) -> None:
     settings = rqvae.Settings(optimiser="adamw", learning_rate=1e-3, batch=BATCH, epochs=REPEATS + 2, revive_every=0)
     x_TD = x_ID[: BATCH * BATCHES]
