@@ -1,4 +1,4 @@
-"""``harness data``: fetch, model, import, prepare, simulate, list, card, verify.
+"""``harness data``: fetch, model, import, export, prepare, simulate, list, card, verify.
 
 In: the command line. Out: domains under the data root, tables on the terminal. Heavy modules are imported inside the
 commands, so that ``harness --help`` stays quick.
@@ -65,10 +65,10 @@ def _plain(text: str) -> str:
 @app.command("import")
 def import_(
     path: Annotated[
-        Path, typer.Argument(help="A folder with sequences.parquet and items.parquet, RecBole atomic files, or a S3-Rec text.")
+        Path, typer.Argument(help="A folder of sequences.parquet and items.parquet, of UTGRec, of LC-Rec, of RecBole, or a S3-Rec text.")
     ],
     name: Annotated[str | None, typer.Argument(help="Name of the domain: small letters, digits, _. Default: the name of the path.")] = None,
-    format: Annotated[str, typer.Option(help="auto, parquet, recbole or s3rec.")] = "auto",
+    format: Annotated[str, typer.Option(help="auto, parquet, recbole, s3rec, utgrec or lcrec.")] = "auto",
     prepare: Annotated[bool, typer.Option("--prepare", help="Keep the earliest of repeated items, then the iterative 5-core.")] = False,
     ignore: Annotated[list[str] | None, typer.Option(help="A column of the source to leave out; may be given several times.")] = None,
     replace: Replace = False,
@@ -86,12 +86,43 @@ def import_(
       harness data import dataset/ml-100k/ml-100k.inter ml_100k --ignore release_year --ignore class
 
       harness data import Beauty.txt beauty --format s3rec --prepare
+
+      harness data import AmazonReviews2023/Musical_Instruments musical_instruments --format utgrec
     """
     from harness.data.importers import import_domain
 
     with _plain_errors():
         domain = name or path.resolve().stem.lower().replace("-", "_")
         _report(import_domain(path, domain, root=root, format=format, prepare=prepare, ignore=ignore or (), overwrite=replace))
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(metavar="DOMAIN", help="A domain of `harness data list`.")],
+    format: Annotated[str, typer.Argument(metavar="FORMAT", help="parquet, recbole, s3rec, utgrec or lcrec.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder; RecBole and LC-Rec want the domain's name.")],
+    root: Root = None,
+) -> None:
+    """Write a domain in the format of another program, whole or not at all. Importing it again gives the same domain.
+
+    [bold]The files hold the test targets[/]: this reads the private part, for you. Keep them away from methods that are to be compared
+    here. What the format cannot carry is said, and stands in exported.json; parquet carries everything.
+
+    [bold]Examples[/]
+
+      harness data export musical_instruments utgrec ~/AmazonReviews2023/Musical_Instruments
+
+      harness data export beauty2014 recbole ~/dataset/beauty2014
+    """
+    from harness.data.domain import data_root
+    from harness.data.export import export_domain
+
+    with _plain_errors():
+        done = export_domain((root or data_root()) / name, format, folder)
+        console = _console()
+        console.print(f"[green]written[/] {_plain(str(done.path))}: {_plain(', '.join(done.files))}", highlight=False)
+        for line in done.lost:
+            console.print(f"  [yellow]not carried by {format}[/]: {_plain(line)}", highlight=False)
 
 
 @app.command()

@@ -4,7 +4,7 @@ In: a ``SourceDomain`` (users, their item lists, items with their text), as impo
 make it. Out: the folder of a domain, written whole or not at all, and functions that read and check it.
 
     public/   domain.json  users.parquet  items.parquet  [pictures.bin  pictures.parquet]
-    private/  targets.parquet  items.parquet  users.parquet  private.json  [oracle.npz  planted.json]
+    private/  targets.parquet  items.parquet  users.parquet  private.json  [times.parquet  oracle.npz  planted.json]
 
 Item number = rank of sha256(source id as UTF-8 text); user number likewise. Numbers in order of first appearance would
 betray the targets: an item that a user was the first to have and that is missing in the public part leaves a gap.
@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import ContractError, Domain, integers, read_columns, write_json
+from harness.contract import ContractError, Domain, Ragged, integers, read_columns, write_json
 from harness.data.source import DataError, DomainExists, DomainSummary, SourceDomain, hash_order, ragged
-from harness.data.write import public_digest, set_modes, targets_digest, write_parts, write_pictures
+from harness.data.write import TIMES, public_digest, set_modes, targets_digest, write_parts, write_pictures
 from harness.paths import Paths
 
 __all__ = [
@@ -73,6 +73,15 @@ class Private:
     @functools.cached_property
     def item_ids(self) -> list[str]:
         return _column(self.path / "items.parquet", "source_id")
+
+    @functools.cached_property
+    def history_times(self) -> Ragged | None:
+        """The times of every user's whole history x_1..x_n, if the source had any."""
+        if not (self.path / TIMES).exists():
+            return None
+        lists = read_columns(self.path / TIMES, ("times",))["times"].combine_chunks()
+        offsets = integers(lists.offsets).astype(np.int64)
+        return Ragged(integers(lists.flatten()), offsets - offsets[0])
 
     @functools.cached_property
     def oracle(self) -> np.ndarray | None:
@@ -116,7 +125,7 @@ def write_domain(
     if not _NAME.fullmatch(name):
         raise DataError(f"{name!r} is no name for a domain: use small letters, digits and _, at most 40 characters")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             summary = write_parts(temporary, name, source, pictures, simulated, oracle, planted)
@@ -132,7 +141,7 @@ def replace_pictures(folder: Path, pictures: Mapping[str, bytes | Path], dropped
     """
     folder = Path(folder)
     written_anew = {"pictures.bin", "pictures.parquet", "domain.json", "private.json"}
-    with _locked(folder):
+    with locked(folder):
         summary, private = read_summary(folder), read_private(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
@@ -163,8 +172,8 @@ def _link(file: Path, to: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One writer a domain. Who holds the lock also clears what a killed writer left behind."""
+def locked(folder: Path) -> Iterator[None]:
+    """One writer a folder. Who holds the lock also clears what a killed writer left behind."""
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
@@ -173,10 +182,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _put_in_place(temporary: Path, folder: Path, summary: DomainSummary, overwrite: bool) -> DomainSummary:
-    """Rename the finished folder to its place. ``_locked`` is held."""
+    """Rename the finished folder to its place. ``locked`` is held."""
     if folder.exists():
         if _same(temporary, folder):
-            os.replace(temporary / "private" / "private.json", folder / "private" / "private.json")  # where it came from last
+            for name in ("private.json", TIMES):  # where it came from last
+                if (temporary / "private" / name).exists():
+                    os.replace(temporary / "private" / name, folder / "private" / name)
             return replace(summary, path=folder)
         if not overwrite:
             raise DomainExists(

@@ -35,6 +35,15 @@ def clean(value: str) -> str:
     return _SPACE.sub(" ", _CONTROL.sub(" ", value)).strip()
 
 
+def written(value: str) -> str:
+    """How a clean text must stand in a file so that ``clean`` gives it back: as it is, or with its ampersands as entities.
+
+    >>> written("R & D"), written("write &lt; for <")
+    ('R & D', 'write &amp;lt; for <')
+    """
+    return value if "&" not in value or clean(value) == value else value.replace("&", "&amp;")
+
+
 def part(value: Any) -> str | None:
     """One part of a record as a clean string: lists are joined by commas, empty becomes None."""
     if value is None:

@@ -24,6 +24,9 @@ from harness.data.source import DataError, DomainSummary, SourceDomain, check_so
 MIN_HISTORY = 3
 """Shortest history that leave-one-out can split: one training item, one for validation, one for the test."""
 
+TIMES = "times.parquet"
+"""In the private part: the times of every user's whole history, for cards and exports. Absent where the source has none."""
+
 CODES = "codes_"
 """Columns with this prefix hold lists of code numbers of an item and are kept as they are."""
 
@@ -105,6 +108,9 @@ def _write_private(
     users, items = pa.array(np.arange(len(last)), pa.int32()), pa.array(np.arange(len(item_order)), pa.int32())
     target_times = pa.nulls(len(last), pa.int64()) if times is None else pa.array(times[last])
     _parquet(private / "targets.parquet", {"user": users, "target": pa.array(targets), "time": target_times})
+    if times is not None:
+        lists = pa.ListArray.from_arrays(pa.array(histories.offsets, pa.int32()), pa.array(times))
+        _parquet(private / TIMES, {"user": users, "times": lists})
     user_ids = pa.array([source.user_ids[row] for row in user_rows], pa.string())
     _parquet(private / "users.parquet", {"user": users, "source_id": user_ids})
     item_ids = pa.array([source.item_ids[row] for row in item_order], pa.string())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +73,30 @@ def write_s3rec(folder: Path, lists: Lists) -> Path:
     return folder
 
 
+def write_utgrec(folder: Path, lists: Lists) -> Path:
+    folder.mkdir()
+    items = [str(item) for item in range(1 + max(max(items) for items in lists))]
+    users = [str(user) for user in range(len(lists))]
+    mapping: dict[str, object] = {}
+    for what, ids in (("user", users), ("item", items)):
+        mapping |= {f"{what}2id": {name: number for number, name in enumerate(["[PAD]", *ids])}, f"id2{what}": ["[PAD]", *ids]}
+    (folder / "id_mapping.json").write_text(json.dumps(mapping))
+    sequences = {user: [str(item) for item in items] for user, items in zip(users, lists, strict=True)}
+    (folder / "all_item_seqs.json").write_text(json.dumps(sequences))
+    (folder / "metadata.sentence.json").write_text(json.dumps({item: f"title {item}" for item in items}))
+    return folder
+
+
+def write_lcrec(folder: Path, lists: Lists) -> Path:
+    folder.mkdir()
+    (folder / "x.inter.json").write_text(json.dumps(dict(enumerate(lists))))
+    n_items = 1 + max(max(items) for items in lists)
+    facts = {item: {"title": f"title {item}", "description": "", "brand": "", "categories": ""} for item in range(n_items)}
+    (folder / "x.item.json").write_text(json.dumps(facts))
+    return folder
+
+
 @pytest.fixture
 def writers() -> dict[str, Writer]:
     """One writer a format of ``importers.FORMATS``."""
-    return {"parquet": write_parquet, "recbole": write_recbole, "s3rec": write_s3rec}
+    return {"parquet": write_parquet, "recbole": write_recbole, "s3rec": write_s3rec, "utgrec": write_utgrec, "lcrec": write_lcrec}

@@ -34,6 +34,21 @@ def test_import_list_card_verify(tmp_path, lists, writers):
     assert "written my_lists: 1 users" in call("import", folder, "--replace", *root)
 
 
+def test_export_and_import_again(tmp_path):
+    root = ("--root", tmp_path / "domains")
+    call("simulate", "--category", "Software", "--users", 60, "--items", 50, *root)
+    output = call("export", "sim_software", "utgrec", tmp_path / "out", *root)
+    assert "written" in output
+    assert "all_item_seqs.json" in output
+    assert "not carried by utgrec: the parts of the text" in output
+    assert "written again: 60 users, 50 items" in call("import", tmp_path / "out", "again", *root)
+    assert "SIMULATED" in call("card", "again", *root)
+    assert "is there already" in call("export", "sim_software", "utgrec", tmp_path / "out", *root, code=2)
+    assert "did you mean 'lcrec'" in call("export", "sim_software", "lcreck", tmp_path / "new", *root, code=2)
+    help_text = call("export", "--help")
+    assert "test targets" in help_text
+
+
 def test_simulate_and_prepare(tmp_path):
     sizes = ("--users", 60, "--items", 50, "--root", tmp_path / "domains")
     output = call("simulate", "--category", "Software", "--raw", tmp_path / "raw", *sizes)
