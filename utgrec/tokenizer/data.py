@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +40,12 @@ class Share:
     neighbours_B: np.ndarray
     own: list[Masked]
     neighbour: list[Masked]
+    pictured: np.ndarray
+    pictured_neighbour: np.ndarray
+    """Whether there is a picture to rebuild [B]."""
+    step: int
+    places_B: np.ndarray
+    """In the whole step: what is drawn for an item does not depend on the process that does it."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -49,6 +54,8 @@ class Share:
             "code": len(self.items_B),
             "text": sum(len(text.selected_N) for text in self.own),
             "text_neighbour": sum(len(text.selected_N) for text in self.neighbour),
+            "noise": int(self.pictured.sum()),
+            "noise_neighbour": int(self.pictured_neighbour.sum()),
         }
 
 
@@ -142,7 +149,14 @@ class Catalogue:
         own = [self._masked(int(items[place]), step, place, 0) for place in mine]
         rebuilt = self.settings.cooccurrence_weight > 0
         neighbour = [self._masked(int(neighbours[place]), step, place, 1) for place in mine] if rebuilt else []
-        return Share(items[mine], neighbours[mine], own, neighbour)
+        pictured, pictured_neighbour = (np.array([self.has_latents(row) for row in rows[mine]], bool) for rows in (items, neighbours))
+        return Share(items[mine], neighbours[mine], own, neighbour, pictured, pictured_neighbour & rebuilt, step, mine)
+
+    def has_latents(self, row: int) -> bool:
+        """Whether the picture decoder has something to rebuild."""
+        domain, item = self.place(row)
+        moments = self.moments[domain]
+        return moments is not None and item in moments
 
     def _masked(self, row: int, step: int, place: int, role: int) -> Masked:
         tokens_T = self.text_tokens[row] if self.settings.text_decoder else np.empty(0, np.int32)
@@ -180,22 +194,18 @@ class Catalogue:
         )
 
     def picture_targets(self, share: Share, places: np.ndarray) -> PictureTargets | None:
-        """Latents of the pictures of these items, and of their neighbours: drawn from the posterior, flipped by chance."""
-        if not self.settings.picture_decoder:
-            return None
-        roles = [share.items_B[places]] + ([share.neighbours_B[places]] if self.settings.cooccurrence_weight > 0 else [])
-        found: list[tuple[int, int, Any]] = []
-        for role, rows in enumerate(roles):
-            for place, row in enumerate(rows.tolist()):
-                domain, item = self.place(row)
-                moments = self.moments[domain]
-                if moments is not None and item in moments:
-                    found.append((role, place, moments[item]))
+        """Latents of the pictures of these items, then of their neighbours: drawn from the posterior, flipped by chance."""
+        sides = ((share.items_B, share.pictured), (share.neighbours_B, share.pictured_neighbour))
+        found = [(role, number, place) for role, (_, has) in enumerate(sides) for number, place in enumerate(places) if has[place]]
         if not found:
             return None
-        latents = torch.stack([sampled for *_, sampled in found])
+        latents = []
+        for role, _, place in found:
+            domain, item = self.place(int(sides[role][0][place]))
+            rng = np.random.default_rng([self.seed, 13, share.step, int(share.places_B[place]), role])
+            latents.append(self.moments[domain].sample(item, rng))  # type: ignore[union-attr]
         own = sum(role == 0 for role, *_ in found)
-        return PictureTargets(torch.tensor([place for _, place, _ in found]), latents, own)
+        return PictureTargets(torch.tensor([number for _, number, _ in found]), torch.stack(latents), own)
 
 
 def text_targets(texts: list[Masked], n_items: int, pad: int) -> TextTargets | None:
