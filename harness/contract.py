@@ -34,7 +34,7 @@ import stat
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,30 +344,74 @@ class Domain:
 class Pictures:
     """The product pictures of a domain: ``pictures.bin`` and its index ``pictures.parquet`` (item, offset, length, sha256).
 
-    ``pictures[item]`` gives the encoded bytes (JPEG, PNG, ...) or None for an item without picture.
+    ``pictures[item]`` gives the encoded bytes (JPEG, PNG, ...) or None for an item without picture; ``pictures.many(items)`` gives
+    those of a batch, and a cold disk gets all of its requests at once.
+
+    The file stays open, and reading never moves a position in it: threads and forked workers share it, and a pickled copy (workers
+    that are spawned) opens it again. The index is two arrays, 12 bytes an item: 6 MB for 500,000. Raises ContractError for a
+    pack that is missing or shorter than its index says.
     """
 
+    _file = -1
+
     def __init__(self, public: Path):
-        self._path = Path(public) / "pictures.bin"
-        index_path = Path(public) / "pictures.parquet"
-        self._index: dict[int, tuple[int, int]] = {}
-        if index_path.exists():
+        self._public = Path(public)
+        self._offset_I = np.empty(0, np.int64)
+        self._length_I = np.empty(0, np.int32)
+        """-1: no picture."""
+        self._count = 0
+        index_path, pack_path = self._public / "pictures.parquet", self._public / "pictures.bin"
+        if not index_path.exists():
+            return
+        try:
             index = read_columns(index_path, ("item", "offset", "length"))
-            columns = (index[name].to_pylist() for name in ("item", "offset", "length"))
-            self._index = {item: (offset, length) for item, offset, length in zip(*columns, strict=True)}
+            self._file = os.open(pack_path, os.O_RDONLY | os.O_CLOEXEC)
+        except (OSError, ValueError, KeyError) as error:
+            raise ContractError(f"{self._public}: its pictures cannot be read ({error}); prepare the domain again") from error
+        item_N, offset_N, length_N = (integers(index[name]) for name in ("item", "offset", "length"))
+        if len(item_N) == 0:
+            return
+        size = os.fstat(self._file).st_size
+        if item_N.min() < 0 or offset_N.min() < 0 or length_N.min() < 0 or (offset_N + length_N).max() > size:
+            raise ContractError(f"{pack_path} has {size:,} bytes and lacks some that its index names; fetch the pictures again")
+        if hasattr(os, "posix_fadvise"):  # no reading ahead: the next picture is somewhere else
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        self._offset_I = np.zeros(int(item_N.max()) + 1, np.int64)
+        self._length_I = np.full(len(self._offset_I), -1, np.int32)
+        self._offset_I[item_N], self._length_I[item_N] = offset_N, length_N
+        self._count = int((self._length_I >= 0).sum())
+
+    def __reduce__(self) -> tuple[type[Pictures], tuple[Path]]:
+        return Pictures, (self._public,)
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._count
 
     def __contains__(self, item: int) -> bool:
-        return item in self._index
+        return 0 <= item < len(self._length_I) and self._length_I.item(item) >= 0
 
     def __getitem__(self, item: int) -> bytes | None:
-        if item not in self._index:
+        if not 0 <= item < len(self._length_I) or (length := self._length_I.item(item)) < 0:
             return None
-        offset, length = self._index[item]
-        with open(self._path, "rb") as file:
-            return os.pread(file.fileno(), length, offset)
+        data = os.pread(self._file, length, self._offset_I.item(item))
+        if len(data) != length:
+            raise ContractError(f"{self._public / 'pictures.bin'} ends within the picture of item {item}; fetch the pictures again")
+        return data
+
+    def many(self, items: Iterable[int]) -> list[bytes | None]:
+        """The pictures of ``items``, in their order. They are announced to the kernel and read in the order of the file."""
+        wanted = list(items)
+        there = [item for item in dict.fromkeys(wanted) if item in self]
+        there.sort(key=self._offset_I.item)
+        if hasattr(os, "posix_fadvise"):
+            for item in there:
+                os.posix_fadvise(self._file, self._offset_I.item(item), self._length_I.item(item), os.POSIX_FADV_WILLNEED)
+        read = {item: self[item] for item in there}
+        return [read.get(item) for item in wanted]
 
 
 # ------------------------------------------------------------------------------------------------------ the results
