@@ -44,13 +44,17 @@ class Checkpoint:
             theirs, state = saved["identity"], saved["state"]
         except Exception as error:  # torch.load raises many kinds for a file that is none of its own
             raise ContractError(f"{self.path}: not a checkpoint ({type(error).__name__}); delete it to start anew") from error
+        self.refuse_another(theirs)
+        return state
+
+    def refuse_another(self, theirs: dict[str, Any]) -> None:
+        """Raise ContractError, with the key that differs, unless this is the identity of the same training."""
         for key in sorted(set(theirs) | set(self.identity)):
             if theirs.get(key) != self.identity.get(key):
                 raise ContractError(
                     f"{self.path}: this checkpoint is of another configuration: {key} is {theirs.get(key)!r} there and "
                     f"{self.identity.get(key)!r} here; delete it to start anew, or go back to the configuration that made it"
                 )
-        return state
 
     @property
     def due(self) -> bool:
@@ -61,8 +65,11 @@ class Checkpoint:
         temporary = self.path.with_suffix(".tmp")
         torch.save({"identity": self.identity, "state": state}, temporary)
         os.replace(temporary, self.path)
-        end = time.monotonic()
-        self._next = end + (end - start) / SHARE
+        self.saved(time.monotonic() - start)
+
+    def saved(self, seconds: float) -> None:
+        """It took so long: the next one is due when that is a small share of the time."""
+        self._next = time.monotonic() + seconds / SHARE
 
 
 # -------------------------------------------------------------------------------------------------------- saved models

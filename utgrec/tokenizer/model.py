@@ -103,10 +103,10 @@ class UniversalTokenizer(nn.Module):
         self.settings, self.encoder, self.latents = settings, encoder, latents
         width, hidden = encoder.width, settings.mlp_hidden
         self.mlp = nn.Sequential(
-            nn.Dropout(settings.dropout),
+            nn.Dropout(settings.mlp_dropout),
             nn.Linear(width, hidden),
             nn.SiLU(),
-            nn.Dropout(settings.dropout),
+            nn.Dropout(settings.mlp_dropout),
             nn.Linear(hidden, settings.code_width),
         )
         self.quantizer = TreeQuantizer(settings)

@@ -66,7 +66,7 @@ class Settings(Configuration):
     """Width of what is quantised."""
     mlp_hidden: int = 768
     """Inner width of the MLP between hidden state and codebook."""
-    dropout: float = 0.1
+    mlp_dropout: float = 0.1
     """In that MLP."""
     book_kind: str = "simvq"
     """``simvq``: C = E W; ``vq``: plain gradient; ``ema``: running means."""
@@ -137,7 +137,7 @@ class Settings(Configuration):
         self._at_least(0, "picture_weight", "code_weight", "align_weight", "cooccurrence_weight", "beta", "tokenizer_weight_decay")
         self._at_least(0, "lora_rank", "frozen_layers", "quantise_after", "tokenizer_clip", "workers")
         self._above_zero("tokenizer_learning_rate", "adapt_learning_rate", "temperature_align", "lora_alpha", "tokenizer_share")
-        self._below_one("dropout", "lora_dropout", "book_decay", "tokenizer_warmup")
+        self._below_one("mlp_dropout", "lora_dropout", "book_decay", "tokenizer_warmup")
         if self.pixels_max < self.pixels_min:
             raise ContractError(f"pixels_max = {self.pixels_max}: use pixels_min ({self.pixels_min}) or more")
         if not (self.use_text or self.use_pictures):

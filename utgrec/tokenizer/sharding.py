@@ -7,6 +7,7 @@ mean over the whole batch, so gradients are *summed* over processes. Weights, mo
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -127,8 +128,9 @@ class Sharded:
         self.model.step()
 
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        self.model.save_checkpoint(str(checkpoint.path.parent), tag="sharded", client_state={"identity": checkpoint.identity, "state": state})
-        checkpoint.saved()
+        begin, folder = time.monotonic(), str(checkpoint.path.parent)
+        self.model.save_checkpoint(folder, tag="sharded", client_state={"identity": checkpoint.identity, "state": state})
+        checkpoint.saved(time.monotonic() - begin)
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         if not (checkpoint.path.parent / "latest").exists():
