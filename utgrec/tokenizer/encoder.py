@@ -1,0 +1,200 @@
+"""What an item encoder is: text and picture of an item -> L hidden states, one at each code token (UTGRec section 3.1).
+
+In: item texts, pictures as the bytes of an image file. Out: ``[B, L, D]``, the states at the L code tokens that stand behind the
+item's content, after the final norm; nothing else of the sequence is computed on. The text decoder shares the input table (``embed``)
+and has an output table of its own kind (``head_VD``), so both live here.
+
+Three encoders: ``qwen2-vl`` (qwen.py), ``tiny`` (tiny.py: its classes, random weights), ``text`` (sentence.py). Prompts are made on
+the CPU, once an item; ``collate`` puts some side by side, ``forward`` runs where the weights are.
+
+Legend: B items, S tokens of a prompt, L code tokens, D width, V vocabulary, P patches of pictures, C numbers of a patch,
+N picture tokens (4 patches each).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness.contract import ContractError
+from utgrec.tokenizer.settings import Settings
+
+if TYPE_CHECKING:
+    from utgrec.tokenizer.block import BlockShape
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an encoder reads of one item."""
+
+    tokens_S: np.ndarray
+    """int32, ends with the L code tokens."""
+    patches_PC: np.ndarray | None = None
+    """The picture, uint8; None: there is none, or its features are known."""
+    grid: tuple[int, int, int] | None = None
+    """Frames (1), rows and columns of patches; None: no picture."""
+    features_ND: np.ndarray | None = None
+    """What the frozen vision tower says of the picture, from the cache (a view of the file)."""
+
+    def __len__(self) -> int:
+        return len(self.tokens_S)
+
+
+@dataclass(frozen=True)
+class EncoderBatch:
+    """Prompts side by side, padded at the right."""
+
+    tokens_BS: Tensor
+    lengths_B: Tensor
+    positions_3BS: Tensor | None = None
+    """Frame, row and column of each token (M-RoPE)."""
+    patches_PC: Tensor | None = None
+    """Of all pictures without known features, one after the other."""
+    grids: tuple[tuple[int, int, int], ...] = ()
+    """Of these pictures."""
+    places_N: Tensor | None = None
+    """Where their features go, in the flat [B x S]."""
+    features_ND: Tensor | None = None
+    """Known features of the other pictures."""
+    feature_places_N: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> EncoderBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> EncoderBatch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> EncoderBatch:
+        return dataclasses.replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+
+
+class Encoder(nn.Module, ABC):
+    """The base of all encoders."""
+
+    levels: int
+    """L"""
+    width: int
+    """D"""
+    vocabulary: int
+    """V: of both tables, code tokens and mask token included."""
+    mask_token: int
+    ordinary_tokens: np.ndarray
+    """What a random token may be: no special, padding, mask or code token."""
+    special_tokens: np.ndarray
+    """What is never selected for masking."""
+    block: BlockShape
+    """What a layer of the decoders looks like beside this encoder."""
+    head_VD: nn.Parameter
+    """The output table of the text decoder: starts as a copy of the input table and is trained apart from it."""
+
+    @abstractmethod
+    def prompts(self, texts: Sequence[str], pictures: Sequence[bytes | None]) -> list[Prompt]:
+        """A prompt an item. An empty text is none; a picture that no decoder reads counts as none."""
+
+    @abstractmethod
+    def text_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What the text decoder rebuilds of each text: its tokens (int32) cut at ``text_tokens``, without anything around them."""
+
+    @abstractmethod
+    def collate(self, prompts: Sequence[Prompt]) -> EncoderBatch: ...
+
+    @abstractmethod
+    def forward(self, batch: EncoderBatch) -> Tensor:
+        """[B, L, D]"""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the input table."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """For the configuration of a saved model and for the record: which model with which weights, and how it runs."""
+
+    def cache_pictures(
+        self, pictures: Iterable[bytes | None], folder: Path, *, batch: int = 64, told: Callable[[int], None] | None = None
+    ) -> None:
+        """Compute what a frozen vision tower says of these pictures, once, and let ``prompts`` use it from now on.
+
+        One file for each set of pictures in ``folder``; found there, it is used as it is. ``told`` hears how many pictures are done.
+        An encoder that reads no pictures does nothing.
+        """
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be saved beside the base model: every weight that is trained. On the CPU."""
+        return {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take what ``state`` gave. Raises ContractError where names or shapes are not this encoder's."""
+        mine = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        wanted = self.state()
+        if wrong := sorted(set(wanted) ^ set(state)):
+            raise ContractError(
+                f"saved encoder: {wrong[0]} is {'missing' if wrong[0] in wanted else 'unknown'} ({len(wrong)} such weights): "
+                "it was saved with another encoder, lora_rank or frozen_layers; load it with the configuration that stands beside it"
+            )
+        for name, value in state.items():
+            if mine[name].shape != value.shape:
+                raise ContractError(
+                    f"saved encoder: {name} has shape {tuple(value.shape)}, this encoder's has {tuple(mine[name].shape)}: "
+                    "load it with the configuration that stands beside it"
+                )
+            mine[name].copy_(value)
+
+    def save_files(self, folder: Path) -> None:
+        """Files that a saved model needs beyond ``state``; ``make_encoder(..., saved=folder)`` reads them. Most need none."""
+
+
+def make_encoder(
+    settings: Settings,
+    texts: Iterable[str] = (),
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    saved: Path | None = None,
+) -> Encoder:
+    """The encoder of these settings, on ``device``. Its first weights follow from settings, texts and seed alone.
+
+    ``texts`` are read by ``tiny``, which learns its tokens from them; with ``saved``, a folder that ``save_files`` filled, it takes
+    these. ``precision``: "bf16" keeps weights that are not trained in bf16 on a GPU; autocast is the caller's.
+    """
+    device = torch.device(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if settings.encoder == "tiny":
+            from utgrec.tokenizer.tiny import make_tiny
+
+            encoder: Encoder = make_tiny(settings, texts, device=device, precision=precision, saved=saved)
+        elif settings.encoder == "text":
+            from utgrec.tokenizer.sentence import load_sentence_encoder
+
+            encoder = load_sentence_encoder(settings, device=device, precision=precision)
+        else:
+            from utgrec.tokenizer.qwen import load_qwen
+
+            encoder = load_qwen(settings, device=device, precision=precision)
+    return encoder.to(device)
+
+
+def longest_tokens(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
+    """tokens int64 [B, S], filled up at the right, and lengths [B]."""
+    lengths_B = np.array([len(prompt) for prompt in prompts])
+    tokens_BS = np.full((len(prompts), lengths_B.max()), pad, np.int64)
+    for row, prompt in enumerate(prompts):
+        tokens_BS[row, : len(prompt)] = prompt.tokens_S
+    return torch.from_numpy(tokens_BS), torch.from_numpy(lengths_B)
+
+
+def at_codes(hidden_BSD: Tensor, lengths_B: Tensor, levels: int) -> Tensor:
+    """The states at the last ``levels`` tokens of each row [B, L, D]."""
+    places_BL = lengths_B[:, None] - levels + torch.arange(levels, device=lengths_B.device)
+    return hidden_BSD.gather(1, places_BL[:, :, None].expand(-1, -1, hidden_BSD.size(-1)))
