@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from utgrec.tokenizer.vae import Moments, make_vae
 
 from harness.contract import Domain, Job, Meta, Progress, main, skip
 from utgrec.configuration import Configuration, refuse
@@ -38,7 +39,6 @@ from utgrec.tokenizer.encoder import make_encoder
 from utgrec.tokenizer.model import Latents, UniversalTokenizer
 from utgrec.tokenizer.settings import Settings
 from utgrec.tokenizer.train import Phase, Training
-from utgrec.tokenizer.vae import Moments, make_vae
 
 TOKENIZER, IDS = "tokenizer", "ids.npz"
 
@@ -96,8 +96,8 @@ def pretrain_recommender(job: Job) -> None:
     settings, recommender, pretraining = settings_of(job)
     domains = [Domain.read(reference.path) for reference in job.domains]
     with Processes.of(job.device) as processes:
-        model = saved.load(job.inputs["pretrain_tokenizer"] / TOKENIZER, settings, device=processes.device)
-        catalogue = Catalogue(domains, model.encoder, settings, seed=job.seed)
+        model = saved.load(job.inputs["pretrain_tokenizer"] / TOKENIZER, settings, device=processes.device, precision=job.precision)
+        catalogue = prepared(job, settings, Catalogue(domains, model.encoder, settings, seed=job.seed))
         ids = [ids_of(job, model, catalogue, number, processes) for number in range(len(domains))]
     corpora = [Corpus(domain, of) for domain, of in zip(domains, ids, strict=True)]
     moved = {f"items_moved_{domain.name}": of.report["items_moved"] for domain, of in zip(domains, ids, strict=True)}
@@ -109,11 +109,14 @@ def adapt(job: Job) -> None:
     before = job.inputs.get("pretrain_tokenizer")
     with Processes.of(job.device) as processes:
         if before and settings.adapt == "none":
-            model, meta = saved.load(before / TOKENIZER, settings, device=processes.device), Meta(stopped_by="not trained")
+            model, meta = (
+                saved.load(before / TOKENIZER, settings, device=processes.device, precision=job.precision),
+                Meta(stopped_by="not trained"),
+            )
         else:
             seconds = settings.tokenizer_share * job.budget.seconds
             model, meta = train_tokenizer(job, settings, [job.domain], processes, "adapt", before and before / TOKENIZER, seconds)
-        catalogue = Catalogue([job.domain], model.encoder, settings, seed=job.seed)
+        catalogue = prepared(job, settings, Catalogue([job.domain], model.encoder, settings, seed=job.seed))
         begin = time.monotonic()
         ids = ids_of(job, model, catalogue, 0, processes)
         meta.timings["encode"] = time.monotonic() - begin
@@ -158,27 +161,35 @@ def train_tokenizer(
     begin = time.monotonic()
     moments, latents = read_pictures(job, settings, domains)
     if start:
-        model = saved.load(start, settings, device=processes.device)
+        model = saved.load(start, settings, device=processes.device, precision=job.precision)
     else:
         encoder = make_encoder(settings, training_texts(domains), seed=job.seed, device=processes.device, precision=job.precision)
         model = UniversalTokenizer(settings, encoder, latents).to(processes.device)
-    catalogue = Catalogue(domains, model.encoder, settings, seed=job.seed, moments=moments)
+    catalogue = prepared(job, settings, Catalogue(domains, model.encoder, settings, seed=job.seed, moments=moments))
     sample = catalogue.prompts(catalogue.train_X[:: max(1, len(catalogue.train_X) // 256)])
     needed = memory.estimate(model, settings, processes, job.precision, max(map(len, sample)))
     if processes.first:
         print(f"{phase}: {len(catalogue.train_X):,} items of {len(domains)} domains; memory about {needed}", flush=True)
     memory.check(needed, settings, processes, job.budget.memory)
-    prepared = time.monotonic() - begin
+    seconds_before = time.monotonic() - begin
     training = Training(job, settings, catalogue, model, processes, phase=phase, fresh=start is None, seconds=seconds)
     if processes.first:
         print(f"{phase}: {training.total:,} steps of {settings.tokenizer_batch} items", flush=True)
     meta = training.run()
-    meta.timings["prepare"] = prepared
+    meta.timings["prepare"] = seconds_before
     meta.attention = str(model.encoder.describe().get("attention"))
     meta.extra = {"memory_estimate_bytes": needed.total, "tokenizer_steps": meta.steps, "items_trained_on": len(catalogue.train_X)}
     pictured = sum(len(of) for of in moments if of is not None)
     meta.extra |= {"pictures_rebuilt": pictured, "vae": settings.vae if settings.picture_decoder else "none"}
     return model, meta
+
+
+def prepared(job: Job, settings: Settings, catalogue: Catalogue) -> Catalogue:
+    """With what the frozen vision tower says of every picture, if settings want it computed once."""
+    if settings.cache_pictures and settings.use_pictures:
+        pictures = (domain.pictures[item] for domain in catalogue.domains for item in range(domain.n_items))
+        catalogue.encoder.cache_pictures(pictures, job.cache / "pictures")
+    return catalogue
 
 
 def training_texts(domains: Sequence[Domain]) -> list[str]:

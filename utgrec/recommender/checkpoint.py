@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness.contract import ContractError, write_json
-from utgrec.recommender.model import T5
+from utgrec.recommender.model import T5, Shape
 from utgrec.semantic_ids import SemanticIds
 
 SHARE = 0.05
@@ -88,6 +88,19 @@ def save_model(folder: Path, model: T5, description: dict[str, Any]) -> None:
     save_file(weights, temporary)
     os.replace(temporary, folder / "model.safetensors")
     write_json(folder / "config.json", description)
+
+
+def open_model(folder: Path, ids: SemanticIds) -> tuple[T5, int]:
+    """The saved model for these ids, and its number of user tokens. Raises ContractError where its tokens mean something else."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text())
+        shape = Shape(**{field.name: theirs[field.name] for field in dataclasses.fields(Shape)})
+        user_tokens = int(theirs["user_tokens"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ContractError(f"{folder}: no saved model (config.json, model.safetensors): {error}") from error
+    model = T5(shape)
+    load_model(folder, model, describe(model, ids, user_tokens))
+    return model, user_tokens
 
 
 def load_model(folder: Path, model: T5, description: dict[str, Any]) -> None:

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from utgrec.tokenizer.masking import mask_tokens
+from utgrec.tokenizer.vae import Moments
 
 from harness.contract import ContractError, Domain
 from utgrec.tokenizer.cooccurrence import Neighbours
 from utgrec.tokenizer.encoder import Encoder, Prompt
-from utgrec.tokenizer.masking import mask_tokens
 from utgrec.tokenizer.model import Micro, PictureTargets, TextTargets
 from utgrec.tokenizer.settings import Settings
-from utgrec.tokenizer.vae import Moments
 
 HELD_BYTES = 1 << 30
 """Prompts are kept once they are made while all of them are smaller than this; larger catalogues make them anew each time."""
@@ -72,19 +72,31 @@ class Catalogue:
     """The items of some domains, one after the other. ``moments``: what the VAE says of each domain's pictures."""
 
     def __init__(
-        self, domains: Sequence[Domain], encoder: Encoder, settings: Settings, *, seed: int, moments: Sequence[Moments | None] = ()
+        self,
+        domains: Sequence[Domain],
+        encoder: Encoder,
+        settings: Settings,
+        *,
+        seed: int,
+        moments: Sequence[Moments | None] = (),
+        to_train: bool = True,
     ):
+        """``to_train``: False for a catalogue that is only encoded, whose domains need no histories."""
         self.domains, self.encoder, self.settings, self.seed = tuple(domains), encoder, settings, seed
         self.moments = tuple(moments) or (None,) * len(self.domains)
         self.first_D = np.concatenate([[0], np.cumsum([domain.n_items for domain in self.domains])])
+        if to_train:
+            self._learn_from()
+        self._prompts: dict[int, Prompt] = {}
+        self._held = 0
+
+    def _learn_from(self) -> None:
         self.neighbours = [Neighbours.of_training(domain.train, domain.n_items) for domain in self.domains]
         seen = [np.unique(domain.train.values) + first for domain, first in zip(self.domains, self.first_D, strict=False)]
         self.train_X = np.concatenate(seen) if seen else np.empty(0, np.int64)
         if not len(self.train_X):
             names = ", ".join(domain.name for domain in self.domains) or "none"
             raise ContractError(f"no item to train the tokenizer on: no training interaction in {names}")
-        self._prompts: dict[int, Prompt] = {}
-        self._held = 0
 
     def __len__(self) -> int:
         return int(self.first_D[-1])
@@ -114,7 +126,9 @@ class Catalogue:
         made = dict(zip(missing, self._make(missing), strict=True)) if missing else {}
         if self._held < HELD_BYTES:
             self._prompts |= made
-            self._held += sum(prompt.tokens_S.nbytes + (prompt.patches_PC.nbytes if prompt.patches_PC is not None else 0) for prompt in made.values())
+            self._held += sum(
+                prompt.tokens_S.nbytes + (prompt.patches_PC.nbytes if prompt.patches_PC is not None else 0) for prompt in made.values()
+            )
         return [made[row] if row in made else self._prompts[row] for row in rows.tolist()]
 
     def _make(self, rows: list[int]) -> list[Prompt]:
@@ -175,7 +189,9 @@ class Catalogue:
 
         ``count``: so many parts, whatever their size (processes that must keep step).
         """
-        lengths_B = np.array([max(len(a), len(b)) for a, b in zip(*(self.prompts(x) for x in (share.items_B, share.neighbours_B)), strict=True)])
+        lengths_B = np.array(
+            [max(len(a), len(b)) for a, b in zip(*(self.prompts(x) for x in (share.items_B, share.neighbours_B)), strict=True)]
+        )
         order_B = np.argsort(-lengths_B, kind="stable")
         return np.array_split(order_B, count or -(-len(order_B) // self.settings.tokenizer_micro))
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from harness.contract import ContractError, write_json
-from utgrec.tokenizer.encoder import load_encoder
+from utgrec.tokenizer.encoder import make_encoder
 from utgrec.tokenizer.model import Latents, UniversalTokenizer
 from utgrec.tokenizer.settings import Settings
 
@@ -49,7 +49,9 @@ def save(folder: Path, model: UniversalTokenizer, about: dict[str, Any]) -> None
     write_json(folder / "config.json", config)
 
 
-def load(folder: Path, settings: Settings | None = None, *, device: torch.device | str = "cpu") -> UniversalTokenizer:
+def load(
+    folder: Path, settings: Settings | None = None, *, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> UniversalTokenizer:
     """The tokenizer of a folder. ``settings``: train it further with these; they must fit the weights."""
     path = folder / "config.json"
     try:
@@ -64,7 +66,10 @@ def load(folder: Path, settings: Settings | None = None, *, device: torch.device
     for name in SHAPES:
         if getattr(settings, name) != getattr(theirs, name):
             raise ContractError(f"{path}: its {name} is {getattr(theirs, name)!r}, this configuration's is {getattr(settings, name)!r}")
-    encoder = load_encoder(settings, folder, config["encoder"], device=device)
+    encoder = make_encoder(settings, device=device, precision=precision, saved=folder)
+    for name in ("model", "digest"):  # of the weights below what was trained
+        if encoder.describe().get(name) != config["encoder"].get(name):
+            raise ContractError(f"{path}: trained on {name} {config['encoder'].get(name)!r}, here it is {encoder.describe().get(name)!r}")
     model = UniversalTokenizer(settings, encoder, Latents(*config["latents"]))
     own = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     rest = {name: value for name, value in weights.items() if not name.startswith("encoder.")}
