@@ -93,11 +93,9 @@ def recommend(
     ragged = Ragged(np.array([number for numbers in lists for number in numbers], np.int32), offsets).last(20)
     read = Histories(ragged, of, np.arange(len(lists)), user_tokens=user_tokens)
     found = decode(t5.to(device).eval(), Trie.of(of, device), read, k=k, beams=max(k, beams))
-    rows = [[item_ids[item] for item in items if item >= 0] for items in found.items_UK.tolist()]
-    scores = [
-        [score for item, score in zip(*pair, strict=True) if item >= 0]
-        for pair in zip(found.items_UK.tolist(), found.scores_UK.tolist(), strict=True)
-    ]
+    kept_UK = found.items_UK >= 0
+    rows = [[item_ids[item] for item in items[kept]] for items, kept in zip(found.items_UK, kept_UK, strict=True)]
+    scores = [of[kept].tolist() for of, kept in zip(found.scores_UK, kept_UK, strict=True)]
     pq.write_table(pa.table({"user_id": table["user_id"].astype(str).tolist(), "item_ids": rows, "scores": scores}), out)
     typer.echo(f"{out}: {k} items for each of {len(lists):,} users")
 

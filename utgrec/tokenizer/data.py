@@ -18,12 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from utgrec.tokenizer.masking import mask_tokens
 from utgrec.tokenizer.vae import Moments
 
 from harness.contract import ContractError, Domain
 from utgrec.tokenizer.cooccurrence import Neighbours
 from utgrec.tokenizer.encoder import Encoder, Prompt
+from utgrec.tokenizer.masking import mask_tokens
 from utgrec.tokenizer.model import Micro, PictureTargets, TextTargets
 from utgrec.tokenizer.settings import Settings
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from utgrec.tokenizer.codebook import TreeQuantizer, prefix_residual
 from utgrec.tokenizer.cross_entropy import masked_cross_entropy
 from utgrec.tokenizer.decoders import PictureDecoder, TextDecoder
 from utgrec.tokenizer.diffusion import DiffusionLoss
-
-from utgrec.tokenizer.codebook import TreeQuantizer, prefix_residual
 from utgrec.tokenizer.encoder import Encoder, EncoderBatch
 from utgrec.tokenizer.settings import Settings
 
