@@ -109,10 +109,8 @@ def adapt(job: Job) -> None:
     before = job.inputs.get("pretrain_tokenizer")
     with Processes.of(job.device) as processes:
         if before and settings.adapt == "none":
-            model, meta = (
-                saved.load(before / TOKENIZER, settings, device=processes.device, precision=job.precision),
-                Meta(stopped_by="not trained"),
-            )
+            model = saved.load(before / TOKENIZER, settings, device=processes.device, precision=job.precision)
+            meta = Meta(stopped_by="not trained")
         else:
             seconds = settings.tokenizer_share * job.budget.seconds
             model, meta = train_tokenizer(job, settings, [job.domain], processes, "adapt", before and before / TOKENIZER, seconds)

@@ -126,9 +126,7 @@ class Catalogue:
         made = dict(zip(missing, self._make(missing), strict=True)) if missing else {}
         if self._held < HELD_BYTES:
             self._prompts |= made
-            self._held += sum(
-                prompt.tokens_S.nbytes + (prompt.patches_PC.nbytes if prompt.patches_PC is not None else 0) for prompt in made.values()
-            )
+            self._held += sum(prompt.tokens_S.nbytes + getattr(prompt.patches_PC, "nbytes", 0) for prompt in made.values())
         return [made[row] if row in made else self._prompts[row] for row in rows.tolist()]
 
     def _make(self, rows: list[int]) -> list[Prompt]:
@@ -189,9 +187,8 @@ class Catalogue:
 
         ``count``: so many parts, whatever their size (processes that must keep step).
         """
-        lengths_B = np.array(
-            [max(len(a), len(b)) for a, b in zip(*(self.prompts(x) for x in (share.items_B, share.neighbours_B)), strict=True)]
-        )
+        pairs = zip(self.prompts(share.items_B), self.prompts(share.neighbours_B), strict=True)
+        lengths_B = np.array([max(len(item), len(neighbour)) for item, neighbour in pairs])
         order_B = np.argsort(-lengths_B, kind="stable")
         return np.array_split(order_B, count or -(-len(order_B) // self.settings.tokenizer_micro))
 

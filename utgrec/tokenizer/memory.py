@@ -61,11 +61,9 @@ def estimate(model: UniversalTokenizer, settings: Settings, processes: Processes
     picture = 0
     if model.picture_decoder:
         latents = read * model.latents.tokens
-        picture = (
-            latents * inside
-            + latents * settings.diffusion_repeats * settings.diffusion_width * 16 * bytes_a_number * settings.diffusion_depth
-        )
-    return Estimate(weights, 4 * numbers // over, 8 * numbers // over, encoder + max(text, picture) + min(text, picture))
+        denoiser = settings.diffusion_repeats * settings.diffusion_depth * 16 * settings.diffusion_width * bytes_a_number
+        picture = latents * (inside + denoiser)
+    return Estimate(weights, 4 * numbers // over, 8 * numbers // over, encoder + text + picture)
 
 
 def check(needed: Estimate, settings: Settings, processes: Processes, budget: int) -> None:

@@ -163,9 +163,9 @@ class Training:
         return raw + settings.cooccurrence_weight * again + settings.code_weight * mean["code"]
 
     def told(self, terms: Terms, counts: dict[str, float]) -> dict[str, Tensor]:
-        return {
-            name: terms.sums[name].detach() / max(1.0, counts.get(COUNTED[name], 0.0)) for name in TERMS if terms.sums[name].requires_grad
-        }
+        """The terms for the curve, unweighted."""
+        there = (name for name in TERMS if terms.sums[name].requires_grad)
+        return {name: terms.sums[name] / max(1.0, counts.get(COUNTED[name], 0.0)) for name in there}
 
     def align(self, micros: list[Micro], items: int) -> list[Tensor]:
         """The gradient of the weighted InfoNCE at every vector of every part."""
