@@ -85,6 +85,8 @@ class Encoder(nn.Module, ABC):
     """D"""
     vocabulary: int
     """V: of both tables, code tokens and mask token included."""
+    layers: int
+    """Transformer layers that a prompt goes through."""
     mask_token: int
     ordinary_tokens: np.ndarray
     """What a random token may be: no special, padding, mask or code token."""
@@ -119,12 +121,19 @@ class Encoder(nn.Module, ABC):
         """For the configuration of a saved model and for the record: which model with which weights, and how it runs."""
 
     def cache_pictures(
-        self, pictures: Iterable[bytes | None], folder: Path, *, batch: int = 64, told: Callable[[int], None] | None = None
+        self,
+        pictures: Iterable[bytes | None],
+        folder: Path,
+        *,
+        batch: int = 64,
+        writer: str = "0",
+        told: Callable[[int], None] | None = None,
     ) -> None:
-        """Compute what a frozen vision tower says of these pictures, once, and let ``prompts`` use it from now on.
+        """Compute what a frozen vision tower says of these pictures, once, and let ``prompts`` use it from now on (vision_cache.py).
 
-        One file for each set of pictures in ``folder``; found there, it is used as it is. ``told`` hears how many pictures are done.
-        An encoder that reads no pictures does nothing.
+        What is found in ``folder`` is not computed again; an interrupted run goes on. ``told`` hears how many pictures are done.
+        Processes that share the work: each calls it with a part of the pictures and its own ``writer``, and when all are done
+        again with none, which finds the files of the others. An encoder that reads no pictures does nothing.
         """
 
     def state(self) -> dict[str, Tensor]:
@@ -183,6 +192,34 @@ def make_encoder(
 
             encoder = load_qwen(settings, device=device, precision=precision)
     return encoder.to(device)
+
+
+def load_encoder(
+    settings: Settings, folder: Path, described: Mapping[str, Any], *, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> Encoder:
+    """The encoder of a saved model, before ``load_state``. ``described``: what ``describe`` said when it was saved.
+
+    Raises ContractError where the base model is another one than then.
+    """
+    encoder = make_encoder(settings, device=device, precision=precision, saved=folder)
+    now = encoder.describe()
+    for name in ("kind", "base", "lora_rank"):
+        if described.get(name) != now.get(name):
+            raise ContractError(
+                f"{folder}: it was trained on another encoder: its {name} is {described.get(name)!r}, the one found here has "
+                f"{now.get(name)!r}; set model and revision to what it was trained on"
+            )
+    return encoder
+
+
+def content_tokens(tokenizer: Any, texts: Sequence[str], most: int) -> list[np.ndarray]:
+    """Tokens (int32) of texts, cut at ``most``. What steers a model (``<|im_end|>``, ``[SEP]``) is left out where a text has it."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # as a tokenizer's files may ask for
+    backend.no_padding()
+    steering = np.array(sorted(set(tokenizer.added_tokens_decoder) - {tokenizer.unk_token_id}))
+    found = [np.array(one.ids, np.int32) for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    return [tokens_T[~np.isin(tokens_T, steering)][:most] for tokens_T in found]
 
 
 def longest_tokens(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]:
