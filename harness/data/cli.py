@@ -356,47 +356,66 @@ def list_(root: Root = None) -> None:
 @app.command()
 def card(
     name: Annotated[str, typer.Argument(help="A domain of `harness data list`.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table; writes no page.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Where the page goes. Default: results/local/cards/DOMAIN.html.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not compare it with the domains beside it.")] = False,
     root: Root = None,
 ) -> None:
-    """Show what a domain holds, and where it differs from what a domain of this name should hold.
+    """Show what a domain holds, where it differs from what a domain of this name should hold, and how it overlaps with others.
 
-    [bold]Example[/]
+    Also writes a page with plots. A card is made of the whole domain, test targets too: it is for you, methods never see it.
+
+    [bold]Examples[/]
 
       harness data card beauty2014
+
+      harness data card musical_instruments --html instruments.html
     """
-    from harness.data.card import make_card
+    from harness.data.card import make_card, neighbours_of
     from harness.data.domain import data_root
+    from harness.paths import Paths
 
     with _plain_errors():
-        found = make_card((root or data_root()) / name)
+        folder = (root or data_root()) / name
+        found = make_card(folder, [] if alone else neighbours_of(folder))
         if as_json:
             typer.echo(json.dumps(found.to_json(), indent=1))
             return
-        _show_card(found.to_json())
+        from harness.data.card_page import write_page
+        from harness.data.card_view import show
+
+        console = _console()
+        show(found, console)
+        page = write_page(found, html or Paths.default().results / "cards" / f"{name}.html")
+        console.print(f"page with plots: {_plain(str(page))}", highlight=False)
 
 
 @app.command()
 def verify(name: Annotated[str, typer.Argument(help="A domain of `harness data list`.")], root: Root = None) -> None:
-    """Check files, order, ranges and digests of a domain.
+    """Check files, order, ranges and digests of a domain, and its counts, if it is known what a domain of this name must hold.
 
     [bold]Example[/]
 
       harness data verify beauty2014
     """
+    from harness.data.card import require_expected
     from harness.data.domain import data_root, validate_domain
+    from harness.data.expected import expected_card
 
     with _plain_errors():
-        summary = validate_domain((root or data_root()) / name)
-        typer.echo(f"{summary.name}: complete and unchanged (digest {summary.digest[:12]})")
+        folder = (root or data_root()) / name
+        summary = validate_domain(folder)
+        require_expected(folder)
+        counts = "; its counts are the expected ones" if expected_card(summary.name) else ""
+        typer.echo(f"{summary.name}: complete and unchanged (digest {summary.digest[:12]}){counts}")
 
 
 # ----------------------------------------------------------------------------------------------------------- output
 
 
 def _report(summary: DomainSummary) -> None:
-    from harness.data.card import differences, expected_card
     from harness.data.domain import read_private
+    from harness.data.expected import differences, expected_card
 
     console = _console()
     counts = ", ".join(f"{summary.counts[key]:,} {key}" for key in ("users", "items", "interactions"))
@@ -411,34 +430,6 @@ def _report(summary: DomainSummary) -> None:
     expected = expected_card(summary.name)
     for line in differences(summary.counts, expected):
         console.print(f"  [yellow]not the {summary.name} of {expected['source'] if expected else '?'}[/]: {line}", highlight=False)
-
-
-def _show_card(card: dict[str, object]) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{card['name']}{' (SIMULATED)' if card['simulated'] else ''}", title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    for key, value in card.items():
-        label = key.replace("_", " ")
-        if isinstance(value, dict) and key not in ("expected",):
-            for entry, number in value.items():
-                entry = f"{label}: {entry}".replace("dropped: no_picture_", "without picture: ")
-                table.add_row(entry.replace("_", " "), f"{number:,.2f}" if isinstance(number, float) else f"{number:,}")
-        elif key in ("tie_rate", "density", "picture_coverage"):
-            table.add_row(label, _share(value))
-        elif isinstance(value, int) and not isinstance(value, bool):
-            table.add_row(label, f"{value:,}")
-        elif key == "digest":
-            table.add_row(label, str(value)[:12])
-        elif key == "release":
-            table.add_row(label, str(value or "-"))
-    expected, differences = card["expected"], card["differences"]
-    if isinstance(expected, dict) and isinstance(differences, list):
-        table.add_section()
-        verdict = "\n".join(f"[red]{line}[/]" for line in differences) or "[green]as expected[/]"
-        table.add_row(f"counts of {_plain(expected['source'])}", verdict)
-    _console().print(table)
 
 
 def _share(value: object) -> str:

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from harness.contract import ContractError, Domain, Ragged, integers, read_columns, write_json
+from harness.data import expected
 from harness.data.source import DataError, DomainExists, DomainSummary, SourceDomain, hash_order, ragged
 from harness.data.write import TIMES, public_digest, set_modes, targets_digest, write_parts, write_pictures
 from harness.paths import Paths
@@ -117,6 +118,9 @@ def write_domain(
     source item id -> encoded bytes or a file. ``oracle``: [users of ``source``, 50] rows of ``source.item_ids``, -1 = none.
     ``planted``: what the simulator planted, for ``private/planted.json``.
 
+    What is prepared from the official release must have the counts of its card (``expected.py``); a DataError names the
+    difference and its likely cause, and nothing is written.
+
     An identical domain that is there already stays (``created`` is False); another one raises DomainExists unless
     ``overwrite``. Two processes at once: the second waits for the first and then finds its domain.
     """
@@ -129,9 +133,15 @@ def write_domain(
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             summary = write_parts(temporary, name, source, pictures, simulated, oracle, planted)
+            if str(source.source.get("format", "")).startswith(expected.OFFICIAL) and not simulated:
+                expected.require(name, summary.counts, lambda: _facts(source))
             return _put_in_place(temporary, folder, summary, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _facts(source: SourceDomain) -> expected.Facts:
+    return expected.facts_of(source.sequences, source.user_ids, source.item_ids, source.dropped)
 
 
 def replace_pictures(folder: Path, pictures: Mapping[str, bytes | Path], dropped: dict[str, int]) -> DomainSummary:

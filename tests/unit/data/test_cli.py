@@ -14,6 +14,11 @@ from harness.data.cli import app
 runner = CliRunner()
 
 
+@pytest.fixture(autouse=True)
+def _pages_go_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARNESS_RESULTS", str(tmp_path / "results"))
+
+
 def call(*arguments: object, code: int = 0) -> str:
     result = runner.invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
@@ -26,7 +31,7 @@ def test_import_list_card_verify(tmp_path, lists, writers):
     assert "written my_lists: 700 users" in call("import", folder, *root)
     assert "there already" in call("import", folder, *root)
     assert "my_lists" in call("list", *root)
-    assert "cold targets" in call("card", "my_lists", *root)
+    assert "targets without training interaction" in call("card", "my_lists", *root)
     assert json.loads(call("card", "my_lists", "--json", *root))["counts"]["users"] == 700
     assert "complete and unchanged" in call("verify", "my_lists", *root)
     (folder / "x.txt").write_text("a 1 2 3\n")
@@ -49,11 +54,15 @@ def test_export_and_import_again(tmp_path):
     assert "test targets" in help_text
 
 
-def test_simulate_and_prepare(tmp_path):
+def test_simulate_and_prepare(tmp_path, monkeypatch):
     sizes = ("--users", 60, "--items", 50, "--root", tmp_path / "domains")
     output = call("simulate", "--category", "Software", "--raw", tmp_path / "raw", *sizes)
     assert "written sim_software: 60 users, 50 items" in output
     assert "SIMULATED" in call("list", "--root", tmp_path / "domains")
+    output = call("prepare", tmp_path / "raw", "Software", "--root", tmp_path / "domains", code=2)
+    assert "users: 60, expected 146,350 to 146,449" in output  # it is not the real one, and does not become it
+    assert not (tmp_path / "domains" / "software").exists()
+    monkeypatch.setenv("HARNESS_CARDS", str(tmp_path / "none"))
     output = call("prepare", tmp_path / "raw", "Software", "--root", tmp_path / "domains")
     assert "written software: 60 users, 50 items" in output
     assert "repeated items" in output
