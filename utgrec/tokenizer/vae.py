@@ -57,7 +57,7 @@ def pixels(data: bytes, side: int) -> np.ndarray | None:
     scale = side / min(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return np.asarray(picture)[top : top + side, left : left + side]
+    return np.array(picture.crop((left, top, left + side, top + side)))
 
 
 def images(pixels_BHW3: np.ndarray) -> Tensor:
