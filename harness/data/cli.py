@@ -208,19 +208,25 @@ def model(
 
 @app.command()
 def prepare(
-    raw: Annotated[Path, typer.Argument(help="Folder with review_categories/, meta_categories/ and, if there are any, pictures/.")],
+    raw: Annotated[Path, typer.Argument(help="Folder with meta_categories/, and review_categories/ or benchmark/, as fetched.")],
     category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ..., or paper: all nine of the paper.")],
     name: Annotated[str | None, typer.Argument(help="Name of the domain. Default: the category in small letters.")] = None,
+    route: Annotated[str, typer.Option(help="auto, raw, last-out, or both: prepare on both routes and refuse a difference.")] = "auto",
     replace: Replace = False,
     root: Root = None,
 ) -> None:
-    """Prepare raw files of Amazon Reviews 2023: earliest of repeats, iterative 5-core, last item out.
+    """Prepare files of Amazon Reviews 2023: earliest of repeats, iterative 5-core, last item out.
+
+    Two routes lead to the same domain: the authors' 5-core files (last-out; auto takes them where they are), or their rules applied
+    to the reviews (raw).
 
     [bold]Examples[/]
 
       harness data prepare data/raw Musical_Instruments
 
       harness data prepare data/raw paper
+
+      harness data prepare data/raw Video_Games --route both
     """
     from harness.data.prepare import prepare_raw
     from harness.data.simulate import CATEGORIES
@@ -230,7 +236,7 @@ def prepare(
         if name and category == "paper":
             raise DataError("paper is nine domains: leave the name out")
         for each in CATEGORIES if category == "paper" else [category]:
-            _report(prepare_raw(raw, each, name or each.lower(), root=root, overwrite=replace))
+            _report(prepare_raw(raw, each, name or each.lower(), root=root, overwrite=replace, route=route))
 
 
 @app.command()

@@ -1,10 +1,13 @@
-"""Preparation: raw reviews and metadata -> interactions -> ``SourceDomain``.
+"""Preparation: the published files -> interactions -> ``SourceDomain``.
 
-In: Amazon-Reviews-2023 files of one category (JSON lines, plain or gzipped):
+In: Amazon-Reviews-2023 files of one category, plain or gzipped:
 
     RAW/review_categories/CATEGORY.jsonl[.gz]      user_id, parent_asin, timestamp, ...
+    RAW/benchmark/5core/last_out/CATEGORY.{train,valid,test}.csv[.gz]     what the authors made of them
     RAW/meta_categories/meta_CATEGORY.jsonl[.gz]   parent_asin, title, features, categories, description, store, ...
     RAW/pictures/CATEGORY/                         optional: what `harness data pictures` fetched, or files PARENT_ASIN.jpg
+
+Two routes lead to the same domain: ``raw`` applies the rules to the reviews, ``last-out`` takes the lists of the authors' 5-core files.
 
 Rules: item = ``parent_asin``; interactions of a user in order of time, equal times in order of the file; of a repeated
 item the earliest counts; then users and items with fewer than five interactions are removed until none is left.
@@ -14,10 +17,8 @@ not JSON is an error, because a file with one is not the file that was published
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,62 +27,96 @@ import pyarrow as pa
 
 from harness.contract import Ragged
 from harness.data.domain import data_root, write_domain
+from harness.data.jsonl import json_lines
+from harness.data.last_out import Histories, difference, find_last_out, read_last_out
 from harness.data.pictures import find_pictures
+from harness.data.reviews import read_metadata, read_reviews, strong_rows
 from harness.data.source import DataError, DomainSummary, SourceDomain
+from harness.values import nearest
+
+__all__ = ["CORE", "ROUTES", "core", "earliest", "json_lines", "prepare_raw", "prepare_source", "read_raw"]
 
 CORE = 5
+ROUTES = ("auto", "raw", "last-out", "both")
 
 
-@dataclass(frozen=True)
-class Interactions:
-    """Rows (user, item, time) in order of the file; users and items are rows of the id lists."""
-
-    user_ids: list[str]
-    item_ids: list[str]
-    user: np.ndarray
-    item: np.ndarray
-    time: np.ndarray
-    skipped: int
-
-
-def prepare_raw(raw: Path, category: str, name: str, *, root: Path | None = None, overwrite: bool = False) -> DomainSummary:
+def prepare_raw(
+    raw: Path, category: str, name: str, *, root: Path | None = None, overwrite: bool = False, route: str = "raw"
+) -> DomainSummary:
     """Prepare one category of ``raw`` as the domain ``name``, with the pictures found in ``raw/pictures/CATEGORY``."""
-    source, pictures = read_raw(raw, category)
+    source, pictures = read_raw(raw, category, route)
     return write_domain((root or data_root()) / name, source, pictures=pictures, overwrite=overwrite)
 
 
-def read_raw(raw: Path, category: str) -> tuple[SourceDomain, Mapping[str, bytes]]:
-    """The prepared source domain of one category, and the pictures of its items."""
-    reviews = _find(raw / "review_categories", category)
+def read_raw(raw: Path, category: str, route: str = "raw") -> tuple[SourceDomain, Mapping[str, bytes]]:
+    """The prepared source domain of one category, and the pictures of its items.
+
+    ``route``: raw, last-out, both (they must agree; else a DataError says in what they differ), or auto: last-out where its three
+    files are, else raw.
+    """
     metadata = _find(raw / "meta_categories", f"meta_{category}")
-    interactions = read_reviews(reviews)
-    rows = earliest(interactions.user, interactions.item, interactions.time)
-    repeats = len(interactions.user) - len(rows)
-    kept = rows[core(interactions.user[rows], interactions.item[rows])]
-    if not len(kept):
-        raise DataError(f"{reviews}: no user and no item is left by the {CORE}-core; the file is too small or not the whole category")
-    sequences, users, items = _lists(interactions.user[kept], interactions.item[kept])
-    item_ids = [interactions.item_ids[row] for row in items]
-    columns, counts = read_metadata(metadata, item_ids)
-    pictures, without_picture = find_pictures(raw, category, item_ids)
-    dropped = {
-        "reviews_without_fields": interactions.skipped,
-        "repeated_items": repeats,
-        f"interactions_by_{CORE}_core": len(rows) - len(kept),
-        **counts,
-        **without_picture,
-    }
+    found = _histories(raw, category, route)
+    columns, counts = read_metadata(metadata, found.item_ids)
+    pictures, without_picture = find_pictures(raw, category, found.item_ids)
     source = SourceDomain(
-        user_ids=[interactions.user_ids[row] for row in users],
-        sequences=sequences,
-        item_ids=item_ids,
+        user_ids=found.user_ids,
+        sequences=found.sequences,
+        item_ids=found.item_ids,
         columns=columns,
-        times=interactions.time[kept],
+        times=found.times,
         release="2023",
-        source={"format": "amazon-reviews-2023", "category": category, "files": [reviews.name, metadata.name]},
-        dropped=dropped,
+        source={
+            "format": "amazon-reviews-2023",
+            "category": category,
+            "route": found.route,
+            "files": [*(file.name for file in found.files), metadata.name],
+        },
+        dropped={**found.dropped, **counts, **without_picture},
     )
     return source, pictures
+
+
+def _histories(raw: Path, category: str, route: str) -> Histories:
+    if route not in ROUTES:
+        raise DataError(f"{route!r} is no route.{nearest(route, ROUTES)}")
+    last_out = find_last_out(raw, category, required=route in ("last-out", "both")) if route != "raw" else None
+    if last_out is None:
+        return recompute(_find(raw / "review_categories", category))
+    if route != "both":
+        return read_last_out(last_out)
+    ours, theirs = recompute(_find(raw / "review_categories", category)), read_last_out(last_out)
+    if problem := difference(ours, theirs):
+        raise DataError(f"{category}: the two routes disagree: {problem}")
+    return replace(ours, route="both", files=(*ours.files, *theirs.files))
+
+
+def recompute(path: Path) -> Histories:
+    """The rules, applied to a file of reviews."""
+    reviews = read_reviews(path)
+    rows, repeats = strong_rows(reviews, CORE)
+    user, user_ids, item, item_ids = reviews.take(rows)
+    time = reviews.times_R[rows]
+    total, skipped = len(reviews), reviews.skipped
+    del reviews
+    some = core(user, item)  # repeats still count: this keeps too much, and what is sorted next is a tenth of the file
+    some = some[earliest(user[some], item[some], time[some])]
+    kept = some[core(user[some], item[some])]
+    if not len(kept):
+        raise DataError(f"{path}: no user and no item is left by the {CORE}-core; the file is too small or not the whole category")
+    sequences, users, items = _lists(user[kept], item[kept])
+    return Histories(
+        user_ids=[user_ids[row] for row in users],
+        sequences=sequences,
+        item_ids=[item_ids[row] for row in items],
+        times=time[kept],
+        route="raw",
+        files=(path,),
+        dropped={
+            "reviews_without_fields": skipped,
+            "repeated_items": repeats,
+            f"interactions_by_{CORE}_core": total - repeats - len(kept),
+        },
+    )
 
 
 def prepare_source(source: SourceDomain) -> SourceDomain:
@@ -120,14 +155,13 @@ def earliest(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray
 
 def core(user: np.ndarray, item: np.ndarray, k: int = CORE) -> np.ndarray:
     """Which rows remain when users and items with fewer than ``k`` rows are removed until there is none."""
-    alive = np.ones(len(user), bool)
+    rows = np.arange(len(user))
     while True:
-        users = np.bincount(user[alive], minlength=user.max(initial=0) + 1)
-        items = np.bincount(item[alive], minlength=item.max(initial=0) + 1)
-        weak = alive & ((users[user] < k) | (items[item] < k))
-        if not weak.any():
-            return np.flatnonzero(alive)
-        alive &= ~weak
+        users, items = user[rows], item[rows]
+        strong = (np.bincount(users)[users] >= k) & (np.bincount(items)[items] >= k)
+        if strong.all():
+            return rows
+        rows = rows[strong]
 
 
 def _lists(user: np.ndarray, item: np.ndarray) -> tuple[Ragged, np.ndarray, np.ndarray]:
@@ -135,73 +169,6 @@ def _lists(user: np.ndarray, item: np.ndarray) -> tuple[Ragged, np.ndarray, np.n
     users, counts = np.unique(user, return_counts=True)
     items, values = np.unique(item, return_inverse=True)
     return Ragged(values.astype(np.int64), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)), users, items
-
-
-# ---------------------------------------------------------------------------------------------------------- raw files
-
-
-def read_reviews(path: Path) -> Interactions:
-    """All interactions of a review file, in order of the file."""
-    users: dict[str, int] = {}
-    items: dict[str, int] = {}
-    rows: list[tuple[int, int, int]] = []
-    skipped = 0
-    for _, review in json_lines(path):
-        user, item, time = review.get("user_id"), review.get("parent_asin"), review.get("timestamp")
-        if not (isinstance(user, str) and user and isinstance(item, str) and item and type(time) is int and abs(time) < 2**62):
-            skipped += 1
-            continue
-        rows.append((users.setdefault(user, len(users)), items.setdefault(item, len(items)), time))
-    if not rows:
-        raise DataError(f"{path} holds no review with user_id, parent_asin and timestamp; is it a review file of the 2023 release?")
-    table = np.array(rows, np.int64)
-    return Interactions(list(users), list(items), table[:, 0], table[:, 1], table[:, 2], skipped)
-
-
-def read_metadata(path: Path, item_ids: list[str]) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """The text parts of ``item_ids``, and counts of what was wrong. The first record of an item counts."""
-    row_of = {item: row for row, item in enumerate(item_ids)}
-    fields = {"title": "title", "brand": "store", "features": "features", "categories": "categories", "description": "description"}
-    columns: dict[str, list[Any]] = {name: [None] * len(item_ids) for name in fields}
-    seen: set[str] = set()
-    repeated = wrong = 0
-    for _, record in json_lines(path):
-        item = record.get("parent_asin")
-        if not isinstance(item, str) or item not in row_of:
-            continue
-        if item in seen:
-            repeated += 1
-            continue
-        seen.add(item)
-        for name, key in fields.items():
-            value = record.get(key)
-            if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-                columns[name][row_of[item]] = value
-            else:
-                wrong += 1
-    counts = {"items_without_metadata": len(item_ids) - len(seen), "repeated_metadata": repeated, "metadata_fields_of_wrong_type": wrong}
-    return columns, counts
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered JSON objects of a file, gzipped or plain. A broken line, other bytes and a truncated gzip name their line."""
-    line = 0
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rb") as file:
-            for line, raw in enumerate(file, 1):
-                record = json.loads(raw)
-                if not isinstance(record, dict):
-                    raise DataError(f"{path} line {line}: not a JSON object")
-                yield line, record
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} line {line}: not UTF-8 ({error.reason}); fetch the file again") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {line}: broken JSON ({error.msg}); fetch the file again") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} after line {line}: the gzip file is truncated or damaged ({error}); fetch it again") from None
-    if not line:
-        raise DataError(f"{path} is empty; fetch it again")
 
 
 def _find(folder: Path, stem: str) -> Path:

@@ -4,6 +4,7 @@ In: a seed and sizes. Out: ``simulate_raw`` writes, for each of the nine categor
 
     RAW/review_categories/CATEGORY.jsonl[.gz]       reviews with the fields of the 2023 release
     RAW/meta_categories/meta_CATEGORY.jsonl[.gz]    metadata, likewise
+    RAW/benchmark/5core/last_out/CATEGORY.{train,valid,test}.csv[.gz]    what the authors' scripts make of the reviews
     RAW/pictures/CATEGORY/PARENT_ASIN.jpg           what a picture download would have left
     RAW/planted/CATEGORY.npz, .json                 the truth: oracle lists, histories, what was planted
 
@@ -21,6 +22,7 @@ import hashlib
 import io
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -181,6 +183,7 @@ def simulate_raw(
         ending = ".jsonl.gz" if compress else ".jsonl"
         reviews = _reviews(sample, catalogue, items, noise)
         _write_lines(folder / "review_categories" / (category + ending), reviews)
+        _write_last_out(folder / "benchmark" / "5core" / "last_out", category, reviews, ".csv.gz" if compress else ".csv")
         records = _metadata(category, planted, catalogue, looks)
         _write_lines(folder / "meta_categories" / ("meta_" + category + ending), records)
         _draw_pictures(folder / "pictures" / category, planted, catalogue, looks)
@@ -310,9 +313,39 @@ def product_picture(colour: tuple[int, int, int], rng: np.random.Generator, side
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    _write(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(record) + "\n" for record in records).encode()
+    data = text.encode()
     path.write_bytes(gzip.compress(data, 1, mtime=0) if path.suffix == ".gz" else data)
+
+
+def _write_last_out(folder: Path, category: str, reviews: list[dict[str, Any]], ending: str) -> None:
+    """The files of the release's own scripts: sorted, repeats out, 5-core, the last two interactions of a user apart.
+
+    One step after the other with dictionaries, as it is done there; the preparation does not share a line with it.
+    """
+    by_user: dict[str, list[dict[str, Any]]] = {}
+    for review in reviews:
+        if "user_id" in review:
+            by_user.setdefault(review["user_id"], []).append(review)
+    for user, rows in by_user.items():
+        first: dict[str, dict[str, Any]] = {}
+        for row in sorted(rows, key=lambda row: row["timestamp"]):
+            first.setdefault(row["parent_asin"], row)
+        by_user[user] = list(first.values())
+    size = -1
+    while size != (size := sum(map(len, by_user.values()))):
+        count = Counter(row["parent_asin"] for rows in by_user.values() for row in rows)
+        by_user = {user: [row for row in rows if count[row["parent_asin"]] >= 5] for user, rows in by_user.items() if len(rows) >= 5}
+    lines: dict[str, list[str]] = {split: ["user_id,parent_asin,rating,timestamp\n"] for split in ("train", "valid", "test")}
+    for rows in by_user.values():
+        for split, part in (("train", rows[:-2]), ("valid", rows[-2:-1]), ("test", rows[-1:])):
+            lines[split] += [f"{row['user_id']},{row['parent_asin']},{row['rating']},{row['timestamp']}\n" for row in part]
+    for split, text in lines.items():
+        _write(folder / f"{category}.{split}{ending}", "".join(text))
 
 
 def _write_truth(folder: Path, category: str, planted: Planted, sample: Sample, catalogue: Catalogue) -> None:

@@ -63,7 +63,7 @@ def test_simulate_and_prepare(tmp_path, monkeypatch):
     assert "users: 60, expected 146,350 to 146,449" in output  # it is not the real one, and does not become it
     assert not (tmp_path / "domains" / "software").exists()
     monkeypatch.setenv("HARNESS_CARDS", str(tmp_path / "none"))
-    output = call("prepare", tmp_path / "raw", "Software", "--root", tmp_path / "domains")
+    output = call("prepare", tmp_path / "raw", "Software", "--route", "both", "--root", tmp_path / "domains")
     assert "written software: 60 users, 50 items" in output
     assert "repeated items" in output
 
