@@ -212,6 +212,20 @@ class Collisions:
         return cls(int(shared_G.sum()), float(shared_G.sum() / ids.n_items), len(shared_G), int(size_G.max()))
 
 
+def usage(codes_IL: np.ndarray, widths: Sequence[int]) -> dict[str, float]:
+    """How healthy codes are, for curves and records: of each position the share of its codes that are used, and their perplexity.
+
+    The perplexity is exp of the entropy: the width if all codes are equally frequent, 1 if one is used alone.
+    """
+    found: dict[str, float] = {}
+    for position, width in enumerate(widths):
+        share_W = np.bincount(codes_IL[:, position], minlength=width) / max(1, len(codes_IL))
+        used_W = share_W[share_W > 0]
+        found[f"usage_{position + 1}"] = len(used_W) / width
+        found[f"perplexity_{position + 1}"] = float(np.exp(-(used_W * np.log(used_W)).sum()))
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ collision repair
 
 

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.tiger.codes import health, nearest, residual_codes
-from baselines.tiger.kmeans import residual_kmeans
+from utgrec.kmeans import residual_kmeans
 
 ROWS = 1 << 14
 """Items that are encoded together where no gradient is needed."""

@@ -24,8 +24,8 @@ import torch
 from baselines.tiger import rqvae
 from baselines.tiger.codes import health, residual_codes
 from baselines.tiger.embed import embed
-from baselines.tiger.kmeans import residual_kmeans
 from harness.contract import ContractError, Job, Meta, Progress, skip
+from utgrec.kmeans import residual_kmeans
 from utgrec.semantic_ids import ExtraDigit, SemanticIds
 
 PREFIX = "vae_"

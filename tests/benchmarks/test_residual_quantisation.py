@@ -30,7 +30,7 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from baselines.tiger import rqvae
-from baselines.tiger.kmeans import kmeans
+from utgrec.kmeans import kmeans
 from tests.benchmarks.peers.rqvae_loop import PlainRQVAE
 from tests.benchmarks.peers.rqvae_loop import train as train_plainly
 

@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(shape.width, 2 * shape.ff, bias=False)
         self.down = nn.Linear(shape.ff, shape.width, bias=False)
         for layer in (self.qkv, self.o, self.gate_up, self.down):
-            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.normal_(layer.weight, std=0.02 * (1536 / shape.width) ** 0.5)  # N(0, 0.02) at the width of the paper
         nn.init.zeros_(self.qkv.bias)
 
     def forward(self, x_BSD: Tensor, keep_BS: Tensor | None = None) -> Tensor:

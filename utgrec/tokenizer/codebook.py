@@ -11,6 +11,8 @@ In: h [B, L, D], the vectors of an item, one a position. Out: codes [B, L], the 
 
 A book is SimVQ's C = E W (Zhu et al., arXiv 2411.02038): the W that all rows share moves every code, chosen or not, so that no code
 dies; in adaptation to a domain E stays as it is and W learns. Plain vectors (``vq``) and running means (``ema``) are options.
+When the codebooks enter, rows start as the centres of a k-means over what they are to code (``start``): from random rows, which lie
+far from vectors of another scale, nearly all vectors choose the same few.
 Distances are fp32 whatever the precision, ties go to the lower code.
 
 Legend: B items, L positions, D width, K codes of a book, N vectors that are quantised together.
@@ -18,6 +20,7 @@ Legend: B items, L positions, D width, K codes of a book, N vectors that are qua
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +28,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utgrec.kmeans import kmeans
 from utgrec.tokenizer.settings import Settings
+
+START_NOISE = 0.01
+"""Of a start's rows, in standard deviations."""
+Assign = Callable[[nn.Parameter, Tensor], None]
+"""Gives a parameter a new value, wherever its copies are."""
 
 
 class Quantised(NamedTuple):
@@ -51,6 +60,11 @@ class Book(nn.Module):
         with torch.autocast(self.E_KD.device.type, enabled=False):
             return self.E_KD.float() @ self.W_DD.float().T
 
+    def start(self, centres_KD: Tensor, assign: Assign) -> None:
+        """Make these the rows."""
+        assign(self.W_DD, torch.eye(len(self.W_DD), device=self.W_DD.device))
+        assign(self.E_KD, centres_KD)
+
     def freeze(self, adapt: str) -> None:
         """For adaptation to a domain: ``w`` leaves W to be trained, ``all`` both, ``none`` neither."""
         self.E_KD.requires_grad_(adapt == "all")
@@ -75,6 +89,9 @@ class PlainBook(Book):
     def rows_KD(self) -> Tensor:
         return self.E_KD.float()
 
+    def start(self, centres_KD: Tensor, assign: Assign) -> None:
+        assign(self.E_KD, centres_KD)
+
     def freeze(self, adapt: str) -> None:
         self.E_KD.requires_grad_(adapt == "all")
 
@@ -94,6 +111,10 @@ class MeanBook(Book):
     @property
     def rows_KD(self) -> Tensor:
         return self.sum_KD / self.count_K.clamp(min=1e-5)[:, None]
+
+    def start(self, centres_KD: Tensor, assign: Assign) -> None:
+        self.sum_KD.copy_(centres_KD)
+        self.count_K.fill_(1.0)
 
     def freeze(self, adapt: str) -> None:
         self.learns = adapt == "all"
@@ -150,6 +171,16 @@ class TreeQuantizer(nn.Module):
             t_BD = t_BD.float()
             return t_BD.square().sum(1, keepdim=True) - 2 * t_BD @ rows_KD.T + rows_KD.square().sum(1)
 
+    @torch.no_grad()
+    def start(self, t_BLD: Tensor, seed: int, assign: Assign) -> None:
+        """Rows become the centres of a k-means of these prefix residuals. Centres that no vector needs lie a little beside another."""
+        for number, book in enumerate(self.books):
+            here = [level for level, of in enumerate(self.of_L) if of == number]
+            t_ND, generator = t_BLD[:, here].flatten(0, 1).float(), torch.Generator().manual_seed(seed + number)
+            centres_KD = kmeans(t_ND, len(book.rows_KD), seed=seed + number).centres_KD
+            noise_KD = torch.randn(centres_KD.shape, generator=generator).to(centres_KD.device)
+            book.start(centres_KD + START_NOISE * t_ND.std(0) * noise_KD, assign)
+
     def freeze(self, adapt: str) -> None:
         for book in self.books:
             book.freeze(adapt)
@@ -164,13 +195,3 @@ def make_book(settings: Settings, codes: int) -> Book:
 def prefix_residual(h_BLD: Tensor) -> Tensor:
     """t: the first vector, then each one's difference from the one before."""
     return torch.cat([h_BLD[:, :1], h_BLD[:, 1:] - h_BLD[:, :-1]], 1)
-
-
-def code_usage(codes_BL: Tensor, settings: Settings) -> dict[str, float]:
-    """How many codes of each position are used, as a share, and how evenly: the exponential of the codes' entropy (perplexity)."""
-    found = {}
-    for level, width in enumerate(settings.widths):
-        share_K = torch.bincount(codes_BL[:, level], minlength=width).double() / max(1, len(codes_BL))
-        found[f"usage_{level + 1}"] = float((share_K > 0).double().mean())
-        found[f"perplexity_{level + 1}"] = float(torch.special.entr(share_K).sum().exp())
-    return found

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from utgrec.recommender.processes import Processes
-from utgrec.semantic_ids import NearestLast, SemanticIds
-from utgrec.tokenizer.codebook import code_usage
+from utgrec.semantic_ids import NearestLast, SemanticIds, usage
 from utgrec.tokenizer.data import Catalogue
 from utgrec.tokenizer.model import UniversalTokenizer
 
@@ -47,7 +46,7 @@ def semantic_ids(
     raw = SemanticIds.of(codes_IL, settings.widths, settings.books)
     rows = [model.quantizer.books[of].rows_KD.detach().cpu().numpy() for of in settings.books]
     ids = NearestLast.of(list(t_ILD.transpose(1, 0, 2)), rows).repair(raw)
-    return dataclasses.replace(ids, report={**code_usage(torch.from_numpy(codes_IL), settings), **ids.report})
+    return dataclasses.replace(ids, report={**usage(codes_IL, settings.widths), **ids.report})
 
 
 def encode(
@@ -70,7 +69,7 @@ def encode(
         path = folder / f"codes-{key}-{processes.rank}of{processes.world}-{start}.npz" if folder else None
         found = _read(path)
         if found is None:
-            found = _encode_rows(model, catalogue, mine_X[start : start + BLOCK], processes.device, precision)
+            found = encode_rows(model, catalogue, mine_X[start : start + BLOCK], processes.device, precision)
             _write(path, *found)
         codes.append(found[0])
         vectors.append(found[1])
@@ -81,10 +80,10 @@ def encode(
     return codes_IL, t_ILD
 
 
-def _encode_rows(
+def encode_rows(
     model: UniversalTokenizer, catalogue: Catalogue, rows_X: np.ndarray, device: torch.device, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Items of like length together, so that short ones do not pay for long ones."""
+    """Codes and prefix residuals of these rows. Items of like length go together, so that short ones do not pay for long ones."""
     settings = model.settings
     codes_XL = np.empty((len(rows_X), settings.levels), np.int32)
     t_XLD = np.empty((len(rows_X), settings.levels, settings.code_width), np.float32)

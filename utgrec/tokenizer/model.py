@@ -77,6 +77,8 @@ def _moved(part: Any, device: torch.device) -> Any:
     return dataclasses.replace(part, **tensors)
 
 
+FIRST_STD = 0.02
+"""Of first weights at the paper's widths; at others so that what goes through keeps its size."""
 TERMS = ("code", "text", "text_neighbour", "noise", "noise_neighbour", "bound", "bound_neighbour")
 """``noise`` and ``bound`` are the two parts of the picture's loss (diffusion.py)."""
 
@@ -123,8 +125,8 @@ class UniversalTokenizer(nn.Module):
                 steps=settings.diffusion_steps,
                 repeats=settings.diffusion_repeats,
             )
-        for layer in (self.mlp[1], self.mlp[4], self.read):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer, inputs in ((self.mlp[1], 1536), (self.mlp[4], 768), (self.read, 128)):
+            nn.init.normal_(layer.weight, std=FIRST_STD * (inputs / layer.in_features) ** 0.5)
             nn.init.zeros_(layer.bias)
 
     def vectors(self, prompts: EncoderBatch) -> Tensor:

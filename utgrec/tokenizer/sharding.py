@@ -30,6 +30,7 @@ class Optimizing(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, rate: float, clip: float) -> None: ...
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None: ...
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None: ...
     def load(self, checkpoint: Checkpoint) -> dict[str, Any] | None: ...
 
@@ -86,6 +87,10 @@ class Whole:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        parameter.copy_(value)
+
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         checkpoint.save(state | {"model": dict(trained(self.model)), "optimizer": self.optimizer.state_dict()})
 
@@ -113,7 +118,7 @@ class Sharded:
 
         self.digest, self.processes = digest(model), processes
         plugin = DeepSpeedPlugin(hf_ds_config=configuration(settings, processes, parts, precision))
-        self.accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no" if precision == "fp32" else "bf16")
+        self.accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no")  # weights stay fp32, products are autocast
         optimizer = torch.optim.AdamW(groups(model, settings.tokenizer_weight_decay), lr=0.0)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
@@ -126,6 +131,11 @@ class Sharded:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.step()
+
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
 
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         begin, folder = time.monotonic(), str(checkpoint.path.parent)
@@ -147,7 +157,6 @@ def configuration(settings: Settings, processes: Processes, parts: int, precisio
         "train_micro_batch_size_per_gpu": settings.tokenizer_micro,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": settings.tokenizer_clip,
-        "bf16": {"enabled": precision == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda", "contiguous_gradients": True},
     }

@@ -27,14 +27,17 @@ from torch import Tensor
 from harness.contract import Job, Meta, Progress
 from utgrec.recommender.checkpoint import Checkpoint
 from utgrec.recommender.processes import Processes
-from utgrec.tokenizer.codebook import code_usage
+from utgrec.semantic_ids import usage
 from utgrec.tokenizer.contrast import info_nce
 from utgrec.tokenizer.data import Catalogue, Share
+from utgrec.tokenizer.encode import encode_rows
 from utgrec.tokenizer.model import TERMS, Micro, Terms, UniversalTokenizer
 from utgrec.tokenizer.settings import Settings
 from utgrec.tokenizer.sharding import Optimizing, make_optimizing
 
 Phase = Literal["pretrain", "adapt"]
+START_ITEMS = 16
+"""Items that codebooks start from, for each of their codes."""
 POINTS = 100
 """Points of the live curve over the whole training, at most."""
 
@@ -72,6 +75,7 @@ class Training:
         seconds: float | None = None,
     ):
         self.job, self.settings, self.catalogue, self.model, self.processes = job, settings, catalogue, model, processes
+        self.fresh = fresh
         self.schedule = Schedule.of(settings, phase, fresh)
         if phase == "adapt" and not fresh:
             model.freeze_for_adaptation()
@@ -127,6 +131,8 @@ class Training:
         counts = dict(zip(share.counts, self.processes.sum(*share.counts.values()), strict=True))  # of all processes
         micros = [self.catalogue.micro(share, part) for part in self.parts(share)]
         quantise = self.step >= self.schedule.quantise_after
+        if self.fresh and self.step == self.schedule.quantise_after:
+            self.start_books()
         aligned = self.settings.align_weight > 0
         gradients = self.align(micros, len(items)) if aligned and self.parts_of_a_step > 1 else None
         for number, micro in enumerate(micros):
@@ -145,6 +151,16 @@ class Training:
         self.optimizing.step(self.rate(self.step), self.settings.tokenizer_clip)
         self.add(steps=1)
         self.step += 1
+
+    def start_books(self) -> None:
+        """Codebooks start from the vectors of a sample of items, the same in all processes."""
+        count = START_ITEMS * max(self.settings.widths)
+        rows_X = np.random.default_rng([self.job.seed, 14]).permutation(self.catalogue.train_X)[:count]
+        self.model.eval()
+        mine_XLD = encode_rows(self.model, self.catalogue, self.processes.share(rows_X), self.processes.device, self.job.precision)[1]
+        self.model.train()
+        t_XLD = torch.from_numpy(self.processes.gather_rows(mine_XLD, len(rows_X)))
+        self.model.quantizer.start(t_XLD.to(self.processes.device), self.job.seed, self.optimizing.assign)
 
     def parts(self, share: Share) -> list[np.ndarray]:
         return self.catalogue.parts(share, self.parts_of_a_step)
@@ -210,10 +226,10 @@ class Training:
                 f"the loss is {means['loss']} at step {self.step}: training has diverged; lower the learning rate "
                 f"({self.schedule.learning_rate}) or raise tokenizer_warmup ({self.settings.tokenizer_warmup})"
             )
-        usage = code_usage(torch.cat(self.codes), self.settings) if self.codes else {}
+        health = usage(torch.cat(self.codes).cpu().numpy(), self.settings.widths) if self.codes else {}
         if self.progress:
             rate = self.rate(self.step - 1)
-            self.progress.log(self.step, of=self.total, epoch=self.step / self.per_epoch, learning_rate=rate, **means, **usage)
+            self.progress.log(self.step, of=self.total, epoch=self.step / self.per_epoch, learning_rate=rate, **means, **health)
         self.sums, self.codes = {}, []
 
     # --------------------------------------------------------------------------------------------------- checkpoint

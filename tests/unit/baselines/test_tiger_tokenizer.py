@@ -17,9 +17,10 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
-from baselines.tiger import codes, embed, kmeans, rqvae, tokenizer
+from baselines.tiger import codes, embed, rqvae, tokenizer
 from harness.contract import EXIT_SKIPPED, SKIPPED, ContractError, Ragged
 from tests.unit.baselines.running import BASELINES, Runner, SmallDomain, write_domain
+from utgrec import kmeans
 from utgrec.recommender.settings import Settings as RecommenderSettings
 
 SMALL = rqvae.Settings(hidden=(32, 16), latent=8, levels=3, book=16, optimiser="adamw", learning_rate=3e-3, batch=64, epochs=40)

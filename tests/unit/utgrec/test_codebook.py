@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from utgrec.tokenizer.codebook import TreeQuantizer, code_usage, prefix_residual
+from utgrec.semantic_ids import usage
+from utgrec.tokenizer.codebook import TreeQuantizer, prefix_residual
 from utgrec.tokenizer.settings import Settings
 
 DOUBLE = torch.float64
@@ -139,7 +141,7 @@ def test_every_kind_of_book_learns_clusters(kind: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert float(error) < 0.35 * first
-    assert code_usage(found.codes_BL, settings)["perplexity_1"] > 4
+    assert usage(found.codes_BL.numpy(), settings.widths)["perplexity_1"] > 4
 
 
 def test_running_means_become_the_means_of_what_chose_them() -> None:
@@ -157,7 +159,6 @@ def test_running_means_become_the_means_of_what_chose_them() -> None:
 
 
 def test_usage_and_perplexity() -> None:
-    codes = torch.tensor([[0, 1], [1, 1], [2, 1], [3, 1]])
-    found = code_usage(codes, Settings(levels=2, root=8, leaf=4))
-    assert found == pytest.approx({"usage_1": 0.5, "perplexity_1": 4.0, "usage_2": 0.25, "perplexity_2": 1.0})
-    assert math.isfinite(code_usage(codes[:0], Settings(levels=2, root=8, leaf=4))["perplexity_1"])
+    codes = np.array([[0, 1], [1, 1], [2, 1], [3, 1]])
+    assert usage(codes, (8, 4)) == pytest.approx({"usage_1": 0.5, "perplexity_1": 4.0, "usage_2": 0.25, "perplexity_2": 1.0})
+    assert math.isfinite(usage(codes[:0], (8, 4))["perplexity_1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ def ragged(lists: list[list[int]]) -> Ragged:
 def plain(lists: list[list[int]], n_items: int) -> list[list[int]]:
     found: list[set[int]] = [set() for _ in range(n_items)]
     for one in lists:
-        for a, b in zip(one, one[1:], strict=False):
+        for a, b in itertools.pairwise(one):
             if a != b:
                 found[a].add(b)
                 found[b].add(a)
