@@ -22,7 +22,8 @@ DATASET = "McAuley-Lab/Amazon-Reviews-2023"
 REVISION = "2b6d039ed471f2ba5fd2acb718bf33b0a7e5598e"
 HUB = "https://huggingface.co"
 MIRROR = "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023"
-LOCK = Path(__file__).with_name("amazon2023.lock.json")
+LOCK = Path(os.environ.get("HARNESS_AMAZON2023_LOCK") or Path(__file__).with_name("amazon2023.lock.json"))
+"""Digests under version control. The environment names another file where the servers have another release: a test's."""
 
 TARGETS = ("Musical_Instruments", "Industrial_and_Scientific", "Video_Games", "Office_Products")
 PRETRAINING = ("Arts_Crafts_and_Sewing", "Baby_Products", "CDs_and_Vinyl", "Cell_Phones_and_Accessories", "Software")
