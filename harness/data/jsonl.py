@@ -56,32 +56,39 @@ class Damaged(Exception):
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def blocks(path: Path) -> Iterator[memoryview]:
     """The file, decompressed, in blocks that end with a line end; a byte order mark at its start is left out.
 
     Raises Damaged after the last whole line of a damaged gzip file.
     """
-    parts: list[bytes] = []  # the line that the last chunk broke off
+    parts: list[bytes | memoryview] = []  # the line that the last chunk broke off
     length = 0
     start = True
     try:
         for chunk in _gunzip(path) if path.suffix == ".gz" else _plain(path):
             if start:
                 chunk, start = chunk.removeprefix(BOM), False
-            cut = chunk.rfind(b"\n") + 1
-            if not cut:
-                parts.append(chunk)
-                length += len(chunk)
+            view, begin = memoryview(chunk), 0
+            if parts:
+                begin = chunk.find(b"\n") + 1
+                parts.append(view[:begin] if begin else view)
+                length += len(parts[-1])
                 if length > LONGEST:
                     raise Damaged(f"a line is longer than {LONGEST >> 20} MB: this is not a file of JSON lines")
-                continue
-            yield b"".join((*parts, memoryview(chunk)[:cut]))
-            parts = [chunk[cut:]]
-            length = len(parts[0])
+                if not begin:
+                    continue
+                yield memoryview(b"".join(parts))  # one line by itself: joined to its block, all of it would be copied
+                parts, length = [], 0
+            end = chunk.rfind(b"\n") + 1
+            if end > begin:
+                yield view[begin:end]
+            if max(begin, end) < len(chunk):
+                parts = [view[max(begin, end) :]]
+                length = len(parts[0])
     except (zlib.error, gzip_zlib.error) as error:
         raise Damaged(f"the gzip file is truncated or damaged ({error})") from None
-    if rest := b"".join(parts):
-        yield rest + b"\n"
+    if parts:
+        yield memoryview(b"".join((*parts, b"\n")))
 
 
 def _plain(path: Path) -> Iterator[bytes]:
@@ -115,7 +122,7 @@ def _gunzip(path: Path) -> Iterator[bytes]:
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def decoded(path: Path, decode: Callable[[bytes, np.ndarray], T]) -> Iterator[tuple[int, bytes, T | None]]:
+def decoded(path: Path, decode: Callable[[memoryview, np.ndarray], T]) -> Iterator[tuple[int, memoryview, T | None]]:
     """(number of its first line, block, what ``decode`` makes of it) for each block, in order of the file.
 
     ``decode(block, ends)`` gets the places of the line ends and runs in another thread, several blocks at a time. None instead of its
@@ -123,7 +130,7 @@ def decoded(path: Path, decode: Callable[[bytes, np.ndarray], T]) -> Iterator[tu
     and for a damaged file.
     """
 
-    def work(block: bytes) -> tuple[int, T | None]:
+    def work(block: memoryview) -> tuple[int, T | None]:
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == NEWLINE)
         if not _plausible(block, ends):
             return len(ends), None
@@ -133,7 +140,7 @@ def decoded(path: Path, decode: Callable[[bytes, np.ndarray], T]) -> Iterator[tu
             return len(ends), None
 
     line = 1
-    waiting: deque[tuple[bytes, Future[tuple[int, T | None]]]] = deque()
+    waiting: deque[tuple[memoryview, Future[tuple[int, T | None]]]] = deque()
     with ThreadPoolExecutor(THREADS, thread_name_prefix="jsonl") as pool:
         reader = blocks(path)
         damage: Damaged | None = None
@@ -162,7 +169,7 @@ class Refused(Exception):
     """A decoder cannot say what a block holds."""
 
 
-def _plausible(block: bytes, ends: np.ndarray) -> bool:
+def _plausible(block: memoryview, ends: np.ndarray) -> bool:
     """Whether every line begins with { and ends with }, and all is UTF-8.
 
     In valid JSON no line end can then stand inside an object: between } and { there must be a comma or a bracket. So n objects in n
@@ -174,7 +181,7 @@ def _plausible(block: bytes, ends: np.ndarray) -> bool:
     last = np.where(last == RETURN, data[ends - 2], last)
     if data[0] != OPEN or not (last == CLOSE).all() or not (data[ends[:-1] + 1] == OPEN).all():
         return False
-    if block.isascii():
+    if data.max() < 128:
         return True
     whole = pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, len(block)])), pa.py_buffer(block)])
     try:
@@ -184,7 +191,7 @@ def _plausible(block: bytes, ends: np.ndarray) -> bool:
     return True
 
 
-def columns(schema: pa.Schema) -> Callable[[bytes, np.ndarray], list[pa.Array]]:
+def columns(schema: pa.Schema) -> Callable[[memoryview, np.ndarray], list[pa.Array]]:
     """A decoder for ``decoded``: columns of these fields (string, int64), null where a line has none. Others are not looked at."""
     if msgspec is None:
         return lambda block, ends: _by_pyarrow(schema, block, len(ends))
@@ -192,7 +199,7 @@ def columns(schema: pa.Schema) -> Callable[[bytes, np.ndarray], list[pa.Array]]:
     row = msgspec.defstruct("Row", [(field.name, kinds[field.type] | None, None) for field in schema], gc=False)
     decoder = msgspec.json.Decoder(row)
 
-    def decode(block: bytes, ends: np.ndarray) -> list[pa.Array]:
+    def decode(block: memoryview, ends: np.ndarray) -> list[pa.Array]:
         try:
             rows = decoder.decode_lines(block)
             if len(rows) != len(ends):
@@ -204,7 +211,7 @@ def columns(schema: pa.Schema) -> Callable[[bytes, np.ndarray], list[pa.Array]]:
     return decode
 
 
-def _by_pyarrow(schema: pa.Schema, block: bytes, count: int) -> list[pa.Array]:
+def _by_pyarrow(schema: pa.Schema, block: memoryview, count: int) -> list[pa.Array]:
     try:
         table = pa.json.read_json(
             pa.BufferReader(block),
@@ -235,9 +242,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path} is empty; fetch it again")
 
 
-def records(path: Path, first: int, block: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(path: Path, first: int, block: memoryview) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a block whose first line has this number. Raises DataError for a line that is none."""
-    for line, raw in enumerate(block[:-1].split(b"\n"), first):
+    for line, raw in enumerate(bytes(block[:-1]).split(b"\n"), first):
         try:
             record = json.loads(raw.decode())
         except UnicodeDecodeError as error:

@@ -80,7 +80,7 @@ def _complete(user: pa.Array, item: pa.Array, time: pa.Array) -> tuple[Rows, int
     return (user, item, time.to_numpy(zero_copy_only=False).astype(np.int64)), len(good) - kept
 
 
-def _one_by_one(path: Path, line: int, block: bytes) -> tuple[Rows, int]:
+def _one_by_one(path: Path, line: int, block: memoryview) -> tuple[Rows, int]:
     """The same, by the standard library: this says what a review is."""
     rows: list[tuple[str, str, int]] = []
     skipped = 0
@@ -169,14 +169,14 @@ def read_metadata(path: Path, item_ids: list[str]) -> tuple[dict[str, list[Any]]
     return columns, counts
 
 
-def _records_of(items: Collection[str]) -> Callable[[bytes, np.ndarray], list[dict[str, Any]]]:
+def _records_of(items: Collection[str]) -> Callable[[memoryview, np.ndarray], list[dict[str, Any]]]:
     """A decoder that makes dictionaries of the records of these items only: a category lists ten times as many as a core keeps."""
     identify = jsonl.columns(pa.schema([("parent_asin", pa.string())]))
 
-    def decode(block: bytes, ends: np.ndarray) -> list[dict[str, Any]]:
+    def decode(block: memoryview, ends: np.ndarray) -> list[dict[str, Any]]:
         (names,) = identify(block, ends)
         rows = [row for row, name in enumerate(names.to_pylist()) if name in items]
         starts = np.concatenate([[0], ends[:-1] + 1])
-        return [json.loads(block[start:end]) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)]
+        return [json.loads(bytes(block[start:end])) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)]
 
     return decode
