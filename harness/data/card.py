@@ -51,6 +51,7 @@ class Card:
     name: str
     digest: str
     release: str | None
+    protocol: str
     simulated: bool
     counts: dict[str, int]
     density: float
@@ -103,6 +104,7 @@ def make_card(folder: Path, neighbours: Sequence[DomainSummary] = ()) -> Card:
         name=summary.name,
         digest=summary.digest,
         release=summary.release,
+        protocol=domain.info["protocol"],
         simulated=summary.simulated,
         counts=summary.counts,
         density=summary.counts["interactions"] / (domain.n_users * domain.n_items),

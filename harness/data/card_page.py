@@ -63,7 +63,7 @@ def _body(card: Card) -> Iterator[str]:
     yield f"<h1>{escape(card.name)}</h1>"
     title = f"{card.expected['title']} · " if card.expected and card.expected.get("title") else ""
     release = f"release {card.release} · " if card.release else ""
-    yield f'<p class="soft">{escape(title)}{escape(release)}digest {card.digest[:12]} · split loo-v1: last item out.</p>'
+    yield f'<p class="soft">{escape(title)}{escape(release)}digest {card.digest[:12]} · protocol {escape(card.protocol)}.</p>'
     if card.differences:
         causes = "".join(f"<li>{_with_code(cause)}</li>" for cause in card.likely_causes)
         wrong = "; ".join(escape(line) for line in card.differences)

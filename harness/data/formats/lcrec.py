@@ -39,10 +39,10 @@ def read(path: Path, ignore: Collection[str] = ()) -> SourceDomain:
         if lost := [item for item in history if item not in row]:
             where = " and ".join(known.name for known in (items_file, item_ids_file) if known.exists())
             raise DataError(f"{file}: the user {user!r} has the item {lost[0]}, which {where} lacks; add it there or remove it here")
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = {name: [None] * len(numbers) for name in dict.fromkeys(name for texts in facts.values() for name in texts)}
     for number, texts in facts.items():
         for name, value in texts.items():
-            columns.setdefault(name, [None] * len(numbers))[row[number]] = value
+            columns[name][row[number]] = value
     keys = {str(number): place for number, place in row.items()}
     for index in sorted(file.parent.glob(f"{stem}.index*.json")):
         found = _INDEX.fullmatch(index.name.removeprefix(stem))
