@@ -129,7 +129,7 @@ def write_domain(
     if not _NAME.fullmatch(name):
         raise DataError(f"{name!r} is no name for a domain: use small letters, digits and _, at most 40 characters")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _locked(folder):
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             summary = write_parts(temporary, name, source, pictures, simulated, oracle, planted)
@@ -151,7 +151,7 @@ def replace_pictures(folder: Path, pictures: Mapping[str, bytes | Path], dropped
     """
     folder = Path(folder)
     written_anew = {"pictures.bin", "pictures.parquet", "domain.json", "private.json"}
-    with locked(folder):
+    with _locked(folder):
         summary, private = read_summary(folder), read_private(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
@@ -182,8 +182,8 @@ def _link(file: Path, to: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One writer a folder. Who holds the lock also clears what a killed writer left behind."""
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer a domain. Who holds the lock also clears what a killed writer left behind."""
     with open(folder.parent / f".{folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for stale in folder.parent.glob(f".{folder.name}.*.tmp"):
@@ -192,7 +192,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _put_in_place(temporary: Path, folder: Path, summary: DomainSummary, overwrite: bool) -> DomainSummary:
-    """Rename the finished folder to its place. ``locked`` is held."""
+    """Rename the finished folder to its place. ``_locked`` is held."""
     if folder.exists():
         if _same(temporary, folder):
             for name in ("private.json", TIMES):  # where it came from last

@@ -10,6 +10,8 @@ the domain without what is listed there, and that one again and again.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -23,7 +25,7 @@ import numpy as np
 from harness.contract import Domain, Pictures, Ragged, read_columns
 from harness.contract import write_json as write_json_whole
 from harness.data import text
-from harness.data.domain import locked, read_private, read_summary
+from harness.data.domain import read_private, read_summary
 from harness.data.formats import FORMATS, Format, Whole
 from harness.data.formats.common import ITEM_TEXT, in_order
 from harness.data.importers import EXPORTED, known_format
@@ -51,30 +53,47 @@ def export_domain(domain: Path, format: str, to: Path) -> Exported:
     kind, to = FORMATS[known_format(format)], Path(to).absolute()
     whole, summary = read_whole(domain)
     _check_ids(whole, kind)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    with locked(to):
+    with _beside(to) as temporary:
+        kind.write(temporary, whole)
+        lost = losses(whole, kind)
+        about = {"format": format, "domain": summary.name, "digest": summary.digest, "counts": summary.counts, "release": summary.release}
+        write_json_whole(temporary / EXPORTED, {**about, "simulated": summary.simulated, "not_carried": lost})
+        files = sorted(file.name for file in temporary.iterdir())
+        _to_disk(temporary)
+        os.rename(temporary, to)
+    return Exported(summary, to, files, lost)
+
+
+@contextlib.contextmanager
+def _beside(to: Path) -> Iterator[Path]:
+    """A folder to fill and rename to ``to``, gone if that does not happen. It is locked for as long as it is filled: what a killed
+    export left behind is not, and goes first."""
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        for stale in to.parent.glob(f".{to.name}.*.tmp"):
+            with contextlib.suppress(OSError), _flocked(stale):
+                shutil.rmtree(stale, ignore_errors=True)
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise DataError(f"{to} is there already; name a new folder (an export never writes into one that holds something)")
         temporary = Path(tempfile.mkdtemp(prefix=f".{to.name}.", suffix=".tmp", dir=to.parent))
         try:
-            kind.write(temporary, whole)
-            lost = losses(whole, kind)
-            about = {
-                "format": format,
-                "domain": summary.name,
-                "digest": summary.digest,
-                "counts": summary.counts,
-                "release": summary.release,
-            }
-            write_json_whole(temporary / EXPORTED, {**about, "simulated": summary.simulated, "not_carried": lost})
-            files = sorted(str(file.relative_to(temporary)) for file in temporary.iterdir())
-            _to_disk(temporary)
-            os.rename(temporary, to)
-        except OSError as error:
-            raise DataError(f"{to}: {error.strerror}; nothing was written") from error
+            with _flocked(temporary):
+                yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return Exported(summary, to, files, lost)
+    except OSError as error:
+        raise DataError(f"{to}: {error.strerror}; nothing was written") from error
+
+
+@contextlib.contextmanager
+def _flocked(folder: Path) -> Iterator[None]:
+    """Hold a folder. Raises BlockingIOError if another process does; a process that ends lets go."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def read_whole(folder: Path) -> tuple[Whole, DomainSummary]:

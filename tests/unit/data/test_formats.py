@@ -251,7 +251,7 @@ def test_what_a_format_cannot_hold_is_refused(
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match=message):
         export_domain(folder, format, tmp_path / "out" / "x")
-    assert [file.name for file in (tmp_path / "out").iterdir() if not file.name.endswith(".lock")] == []
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_an_export_never_writes_into_something(tmp_path: Path, domain: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, domain: Path, monkeypatch: p
     monkeypatch.setitem(FORMATS, "lcrec", replace(FORMATS["lcrec"], write=full))
     with pytest.raises(DataError, match="out: No space left on device; nothing was written"):
         export_domain(domain, "lcrec", tmp_path / "out")
-    assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".out", "out"))] == [".out.lock"]
+    assert [file.name for file in tmp_path.iterdir() if file.name.startswith((".out", "out"))] == []
 
 
 def test_a_kill_leaves_nothing_and_the_next_export_clears_up(tmp_path: Path, domain: Path) -> None:
@@ -293,6 +293,26 @@ def test_a_kill_leaves_nothing_and_the_next_export_clears_up(tmp_path: Path, dom
     assert list(tmp_path.glob(".out.*.tmp"))
     export_domain(domain, "utgrec", tmp_path / "out")
     assert not list(tmp_path.glob(".out.*.tmp"))
+
+
+def test_two_exports_at_once_make_one_folder(tmp_path: Path, domain: Path) -> None:
+    """Both write; who comes second finds the place taken. Neither clears the other's half away."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom harness.data import export\n"
+        "real = export._to_disk\n"
+        "export._to_disk = lambda folder: (print('here', flush=True), sys.stdin.readline(), real(folder))\n"
+        f"export.export_domain(Path({str(domain)!r}), 'lcrec', Path({str(tmp_path / 'out')!r}))\n"
+    )
+    command = [sys.executable, "-c", code]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    assert [process.stdout.readline() for process in started if process.stdout] == ["here\n", "here\n"]
+    errors = [process.communicate("go\n", timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 1]
+    assert "Directory not empty; nothing was written" in errors[1]
+    assert import_domain(tmp_path / "out", "back", root=tmp_path / "domains")
+    assert not list(tmp_path.glob(".out.*"))
 
 
 def test_another_protocol_is_refused(tmp_path: Path, domain: Path) -> None:
