@@ -310,6 +310,10 @@ def validate_domain(folder: Path) -> DomainSummary:
     inside = bool(((hidden.targets >= 0) & (hidden.targets < domain.n_items)).all())
     require(inside, f"{private / 'targets.parquet'}: a target out of range")
     require(targets_digest(hidden.targets) == hidden.info.get("digest"), f"{private / 'targets.parquet'}: not the digest in private.json")
+    if (times := hidden.history_times) is not None:
+        whole = np.array_equal(times.lengths, domain.train.lengths + 2)
+        right = whole and hidden.times is not None and np.array_equal(times.values[times.offsets[1:] - 1], hidden.times)
+        require(right, f"{private / TIMES}: not the times of these histories")
     for what, ids, count in (("users", hidden.user_ids, users), ("items", hidden.item_ids, domain.n_items)):
         right = len(ids) == count and np.array_equal(hash_order(ids, what[:-1])[0], np.arange(count))
         require(right, f"{private / what}.parquet: its source ids are not in order of their hash")

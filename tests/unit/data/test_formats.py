@@ -474,6 +474,18 @@ def test_times_of_whole_histories_are_kept_and_private(tmp_path: Path, source: S
     assert read_private(folder).history_times is not None
 
 
+def test_times_of_other_histories_are_found(tmp_path: Path, source: SourceDomain) -> None:
+    folder = write_domain(tmp_path / "d", source).path
+    file = folder / "private" / "times.parquet"
+    table = pq.read_table(file)
+    validate_domain(folder)
+    lists = table["times"].to_pylist()
+    for wrong in ([lists[0][:-1], *lists[1:]], [[*lists[0][:-1], 99], *lists[1:]]):
+        pq.write_table(table.set_column(1, "times", [wrong]), file)
+        with pytest.raises(DataError, match=r"times.parquet: not the times of these histories"):
+            validate_domain(folder)
+
+
 def test_parquet_export_is_a_pair_of_plain_columns(tmp_path: Path) -> None:
     folder = write_domain(tmp_path / "d", SourceDomain(["u"], ragged([[0, 1, 0]]), ["b", "a"], columns={"title": ["Bee", "Ay"]})).path
     out = export_domain(folder, "parquet", tmp_path / "out").path
