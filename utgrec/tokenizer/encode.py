@@ -62,7 +62,6 @@ def encode(
     """Codes int32 [I, L] and prefix residuals fp32 [I, L, D] of all items of a domain."""
     first, end = catalogue.first_D[domain], catalogue.first_D[domain + 1]
     mine_X = processes.share(np.arange(first, end))
-    model.eval()
     key = _key(model, catalogue, domain, precision)
     codes, vectors = [], []
     for start in range(0, max(len(mine_X), 1), BLOCK):
@@ -84,7 +83,7 @@ def encode_rows(
     model: UniversalTokenizer, catalogue: Catalogue, rows_X: np.ndarray, device: torch.device, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes and prefix residuals of these rows. Items of like length go together, so that short ones do not pay for long ones."""
-    settings = model.settings
+    settings = model.eval().settings
     codes_XL = np.empty((len(rows_X), settings.levels), np.int32)
     t_XLD = np.empty((len(rows_X), settings.levels, settings.code_width), np.float32)
     prompts = catalogue.prompts(rows_X)

@@ -138,14 +138,14 @@ class Training:
         for number, micro in enumerate(micros):
             terms = self.forward(number, micro, quantise=quantise)
             loss = self.weighted(terms, counts)
+            self.add(loss=loss, **self.told(terms, counts))
             if gradients is not None:
                 loss = loss + (terms.h_BLD * gradients[number]).sum()
             elif aligned:
                 align = self.align_loss([terms.h_BLD], micros, len(items))
-                self.add(align=align)
+                self.add(align=align, loss=self.settings.align_weight * align)
                 loss = loss + self.settings.align_weight * align
             self.optimizing.backward(loss, last=number == len(micros) - 1)
-            self.add(loss=loss if gradients is None else self.weighted(terms, counts), **self.told(terms, counts))
             if terms.codes_BL is not None:
                 self.codes = [*self.codes[-63:], terms.codes_BL]
         self.optimizing.step(self.rate(self.step), self.settings.tokenizer_clip)
@@ -153,14 +153,15 @@ class Training:
         self.step += 1
 
     def start_books(self) -> None:
-        """Codebooks start from the vectors of a sample of items, the same in all processes."""
+        self.model.quantizer.start(self.residuals_of_sample(), self.job.seed, self.optimizing.assign)
+
+    def residuals_of_sample(self) -> Tensor:
+        """t [X, L, D] of some items, without dropout: what codebooks start from. The same in all processes."""
         count = START_ITEMS * max(self.settings.widths)
         rows_X = np.random.default_rng([self.job.seed, 14]).permutation(self.catalogue.train_X)[:count]
-        self.model.eval()
         mine_XLD = encode_rows(self.model, self.catalogue, self.processes.share(rows_X), self.processes.device, self.job.precision)[1]
         self.model.train()
-        t_XLD = torch.from_numpy(self.processes.gather_rows(mine_XLD, len(rows_X)))
-        self.model.quantizer.start(t_XLD.to(self.processes.device), self.job.seed, self.optimizing.assign)
+        return torch.from_numpy(self.processes.gather_rows(mine_XLD, len(rows_X))).to(self.processes.device)
 
     def parts(self, share: Share) -> list[np.ndarray]:
         return self.catalogue.parts(share, self.parts_of_a_step)
@@ -189,7 +190,7 @@ class Training:
             vectors = [self.forward(number, micro, quantise=False, vectors_only=True) for number, micro in enumerate(micros)]
         vectors = [h_BLD.detach().requires_grad_() for h_BLD in vectors]
         loss = self.align_loss(vectors, micros, items)
-        self.add(align=loss)
+        self.add(align=loss, loss=self.settings.align_weight * loss)
         return list(torch.autograd.grad(self.settings.align_weight * loss, vectors))
 
     def align_loss(self, vectors: list[Tensor], micros: list[Micro], items: int) -> Tensor:
