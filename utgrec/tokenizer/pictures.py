@@ -36,12 +36,12 @@ def fitted(width: int, height: int, least: int, most: int) -> tuple[int, int]:
     if long > MOST_OBLONG * short:
         width, height = (MOST_OBLONG, 1) if width > height else (1, MOST_OBLONG)
     across, down = (max(1, round(side / SQUARE)) for side in (width, height))
-    area = width * height / SQUARE**2
+    # in the order in which transformers computes it: where a side comes out whole, rounding decides
     if across * down > most:
-        shrink = math.sqrt(area / most)
+        shrink = math.sqrt(height * width / (most * SQUARE**2))
         across, down = (max(1, math.floor(side / shrink / SQUARE)) for side in (width, height))
     elif across * down < least:
-        grow = math.sqrt(least / area)
+        grow = math.sqrt(least * SQUARE**2 / (height * width))
         across, down = (math.ceil(side * grow / SQUARE) for side in (width, height))
     return across, down
 

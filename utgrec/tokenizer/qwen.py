@@ -119,7 +119,9 @@ class QwenEncoder(Encoder):
         self.language.config._attn_implementation = self.attention
         self.tower.config._attn_implementation = GROUPED
         if settings.checkpointing:
-            self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # the newer name first: the older one warns
+            enable = getattr(self.language, "activation_checkpointing_enable", None) or self.language.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self._parts = {name: self._wrapped(text, picture=name != "text_only") for name, text in vars(wording).items()}
         self.cache: VisionCache | None = None
 
