@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS = 1 << 26
-"""Logits of a chunk: 256 MB in fp32, 442 tokens of Qwen2-VL's vocabulary."""
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Logits of a chunk by device: 16 MB in fp32, which stay near the cores, or 512 MB, 885 tokens of Qwen2-VL's vocabulary."""
+LEAST = 128
+"""Tokens of a chunk, so that going through the table's gradient once a chunk does not outweigh the products."""
 
 
 def masked_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> Tensor:
@@ -30,7 +32,7 @@ def masked_cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, 
     """
     kind = hidden_ND.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
-    chunk = chunk or max(1, LOGITS // len(head_VD))
+    chunk = chunk or max(LEAST, LOGITS.get(kind, LOGITS["cuda"]) // len(head_VD))
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, dtype, chunk, torch.is_grad_enabled())
 
 
