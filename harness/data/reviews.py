@@ -111,15 +111,20 @@ def strong_rows(reviews: Reviews, k: int) -> tuple[np.ndarray, int]:
     hash with another are compared by their ids.
     """
     user_R, item_R = _hashes(reviews.users_R), _hashes(reviews.items_R)
-    bits = min(max(int(2 * len(reviews)).bit_length(), 8), 26)
-    repeats = _repeats(reviews, user_R * np.uint64(0x9E3779B97F4A7C15) ^ item_R, bits)
-    shift = np.uint64(64 - bits)
-    user_R, item_R = (user_R >> shift).astype(np.int32), (item_R >> shift).astype(np.int32)
-    rows = np.arange(len(reviews))
-    for _ in range(2):  # a third round finds little more, and all of it costs less once ids are numbers
-        users, items = np.bincount(user_R[rows]), np.bincount(item_R[rows])
-        rows = rows[(users[user_R[rows]] >= k) & (items[item_R[rows]] >= k)]
-    return rows, repeats
+    repeats = _repeats(reviews, user_R * np.uint64(0x9E3779B97F4A7C15) ^ item_R)
+    user_R, item_R = _buckets(user_R), _buckets(item_R)
+    rows = _strong(user_R, item_R, k)
+    return rows[_strong(user_R[rows], item_R[rows], k)], repeats  # a third round finds little more, and costs less once ids are numbers
+
+
+def _strong(user_R: np.ndarray, item_R: np.ndarray, k: int) -> np.ndarray:
+    return np.flatnonzero((np.bincount(user_R)[user_R] >= k) & (np.bincount(item_R)[item_R] >= k))
+
+
+def _buckets(hash_R: np.ndarray) -> np.ndarray:
+    """The leading bits of a hash: one to two buckets a row, at most 2^26."""
+    bits = min(max(len(hash_R).bit_length(), 8), 26)
+    return (hash_R >> np.uint64(64 - bits)).astype(np.int64)
 
 
 def _hashes(names: pa.ChunkedArray) -> np.ndarray:
@@ -130,9 +135,9 @@ def _hashes(names: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _repeats(reviews: Reviews, pair_R: np.ndarray, bits: int) -> int:
+def _repeats(reviews: Reviews, pair_R: np.ndarray) -> int:
     """How many rows have a user and an item that an earlier row has."""
-    bucket_R = (pair_R >> np.uint64(64 - bits)).astype(np.int32)
+    bucket_R = _buckets(pair_R)
     rows = np.flatnonzero(np.bincount(bucket_R)[bucket_R] > 1)
     hashes = np.sort(pair_R[rows])
     shared = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])

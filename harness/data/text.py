@@ -32,6 +32,8 @@ def clean(value: str) -> str:
         value = html.unescape(value)
     if "<" in value:
         value = _TAG.sub(" ", _HIDDEN.sub(" ", value))
+    if value.isprintable():  # then there is no control character, and no white space but plain spaces: most texts, many times as quick
+        return " ".join(value.split())
     return _SPACE.sub(" ", _CONTROL.sub(" ", value)).strip()
 
 

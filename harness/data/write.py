@@ -179,11 +179,11 @@ def public_digest(public: Path) -> str:
     for array, kind in ((lists.value_lengths(), "<i8"), (lists.flatten(), "<i4"), (users["valid"], "<i4")):
         digest.update(f"{len(array)}\n".encode() + integers(array).astype(kind).tobytes())
     items = pq.ParquetFile(public / "items.parquet")
+    encode = json.JSONEncoder(ensure_ascii=False).encode
     for name in sorted(set(items.schema_arrow.names) - {"item"}):
         digest.update(f"{name} {items.metadata.num_rows}\n".encode())
         for batch in items.iter_batches(batch_size=8192, columns=[name]):
-            for value in batch.column(0).to_pylist():
-                digest.update(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            digest.update("".join(f"{encode(value)}\n" for value in batch.column(0).to_pylist()).encode())
     if (public / "pictures.parquet").exists():
         index = read_columns(public / "pictures.parquet", ("item", "sha256")).to_pydict()
         digest.update("".join(f"{item} {sha}\n" for item, sha in zip(index["item"], index["sha256"], strict=True)).encode())

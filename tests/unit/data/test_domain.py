@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from harness.contract import Domain
+from harness.data import text
 from harness.data.card import make_card
 from harness.data.domain import DataError, DomainExists, list_domains, ragged, read_private, read_summary, validate_domain, write_domain
 from harness.data.text import clean, join, part
@@ -325,6 +326,15 @@ def test_card_counts_what_is_there(tmp_path, source):
 )
 def test_clean(raw, cleaned):
     assert clean(raw) == cleaned
+
+
+def test_clean_by_the_long_way():
+    """Printable texts take a short cut; every character there is, alone and between others, comes out as without it."""
+    control, space = text._CONTROL, text._SPACE
+    for start in range(0, 0x110000, 64):
+        letters = [chr(code) for code in range(start, start + 64) if chr(code) not in "&<"]
+        for value in ("".join(letters), *(f" a  {letter} b" for letter in letters if not letter.isalnum() and start < 0x10000)):
+            assert clean(value) == space.sub(" ", control.sub(" ", value)).strip(), hex(start)
 
 
 def test_text_joins_the_parts_in_order():
