@@ -49,10 +49,11 @@ def weights(block: Block, norm: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def pair(decoder: TextDecoder | PictureDecoder) -> Qwen2VLTextModel:
-    """Theirs, with our weights: larger than initial ones and with biases, so that every part matters."""
+    """Theirs, with our weights: biases and norms are not the initial ones, so that every part matters."""
     with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() == 1 else parameter.size(-1) ** -0.5))
+        for name, parameter in decoder.named_parameters():
+            deviation = 0.2 if parameter.dim() == 1 else parameter.size(-1) ** -0.5
+            parameter.normal_(1.0 if "norm" in name else 0.0, deviation)
     other = theirs(decoder.block.shape)
     other.load_state_dict({name: value.detach().clone() for name, value in weights(decoder.block, decoder.norm).items()}, strict=False)
     return other

@@ -24,10 +24,11 @@ def test_the_papers_decoder_has_its_parameters() -> None:
 
 
 def test_initial_weights() -> None:
-    block = Block(BlockShape(width=256, heads=4, kv_heads=2, ff=512))
+    """N(0, 0.02) at the paper's width; narrower layers start larger, so that what goes through keeps its size."""
+    block = Block(BlockShape(width=384, heads=4, kv_heads=2, ff=512))
     for layer in (block.qkv, block.o, block.gate_up, block.down):
-        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
-        assert abs(layer.weight.mean().item()) < 3e-4
+        assert layer.weight.std().item() == pytest.approx(0.04, rel=0.02)
+        assert abs(layer.weight.mean().item()) < 6e-4
     assert not block.qkv.bias.any() and block.o.bias is None
     assert PictureDecoder(BlockShape(width=4096, heads=4, kv_heads=2, ff=8)).mask_W.std().item() == pytest.approx(0.02, rel=0.05)
 
