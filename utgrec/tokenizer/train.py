@@ -81,6 +81,7 @@ class Training:
             model.freeze_for_adaptation()
         self.per_epoch = catalogue.steps_per_epoch(settings.tokenizer_batch)
         self.total = self.schedule.epochs * self.per_epoch
+        self.quantise_after = min(self.schedule.quantise_after, self.total // 2)  # however short the training
         self.seconds = job.budget.seconds if seconds is None else seconds
         self.optimizing: Optimizing = make_optimizing(model, settings, processes, self.parts_of_a_step, job.precision)
         self.step, self.spent = 0, 0.0
@@ -107,6 +108,8 @@ class Training:
             self.spent = before + time.monotonic() - started
             if self.checkpoint_due:
                 self.optimizing.save(self.checkpoint, self.state())
+        if self.fresh and self.step <= self.quantise_after:  # the budget ended it before the codebooks were needed
+            self.start_books()
         self.model.eval()
         stopped = "epochs" if self.step == self.total else "budget"
         return Meta(
@@ -130,8 +133,8 @@ class Training:
         share = self.catalogue.share(items, self.step, self.processes.share(np.arange(len(items))))
         counts = dict(zip(share.counts, self.processes.sum(*share.counts.values()), strict=True))  # of all processes
         micros = [self.catalogue.micro(share, part) for part in self.parts(share)]
-        quantise = self.step >= self.schedule.quantise_after
-        if self.fresh and self.step == self.schedule.quantise_after:
+        quantise = self.step >= self.quantise_after
+        if self.fresh and self.step == self.quantise_after:
             self.start_books()
         aligned = self.settings.align_weight > 0
         gradients = self.align(micros, len(items)) if aligned and self.parts_of_a_step > 1 else None

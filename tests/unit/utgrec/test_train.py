@@ -212,3 +212,13 @@ def test_the_learning_rate_rises_and_falls(tmp_path: Path) -> None:
     assert peak == pytest.approx(0.1 * tokenizer.total, abs=2)
     assert all(np.diff(rates[:peak]) > 0) and all(np.diff(rates[peak + 1 :]) < 0)
     assert 0 < rates[-1] < 1e-4
+
+
+@pytest.mark.parametrize("changes", [{"quantise_after": 10_000}, {"quantise_after": 10_000, "tokenizer_epochs": 1000}])
+def test_codebooks_enter_however_short_the_training(tmp_path: Path, changes: dict[str, int]) -> None:
+    """They get half of the steps at least; ended by its budget before that, a training still leaves codes that tell items apart."""
+    tokenizer = training(tmp_path, **changes)
+    tokenizer.seconds = 0.0 if "tokenizer_epochs" in changes else 100.0
+    tokenizer.run()
+    codes_XL = tokenizer.model.quantizer.codes(tokenizer.residuals_of_sample())
+    assert min(len(codes.unique()) for codes in codes_XL.T) >= 3
