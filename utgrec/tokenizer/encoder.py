@@ -118,7 +118,10 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """For the configuration of a saved model and for the record: which model with which weights, and how it runs."""
+        """For the configuration of a saved model and for the record: which model with which weights, and how it runs.
+
+        ``kind``, ``model``, ``revision``; ``digest``: what tells the base weights from any others; ``attention``, ``frozen_weights``.
+        """
 
     def cache_pictures(
         self,
@@ -192,24 +195,6 @@ def make_encoder(
 
             encoder = load_qwen(settings, device=device, precision=precision)
     return encoder.to(device)
-
-
-def load_encoder(
-    settings: Settings, folder: Path, described: Mapping[str, Any], *, device: torch.device | str = "cpu", precision: str = "fp32"
-) -> Encoder:
-    """The encoder of a saved model, before ``load_state``. ``described``: what ``describe`` said when it was saved.
-
-    Raises ContractError where the base model is another one than then.
-    """
-    encoder = make_encoder(settings, device=device, precision=precision, saved=folder)
-    now = encoder.describe()
-    for name in ("kind", "base", "lora_rank"):
-        if described.get(name) != now.get(name):
-            raise ContractError(
-                f"{folder}: it was trained on another encoder: its {name} is {described.get(name)!r}, the one found here has "
-                f"{now.get(name)!r}; set model and revision to what it was trained on"
-            )
-    return encoder
 
 
 def content_tokens(tokenizer: Any, texts: Sequence[str], most: int) -> list[np.ndarray]:

@@ -79,7 +79,7 @@ def load_qwen(settings: Settings, *, device: torch.device, precision: str) -> Qw
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ContractError(f"model = {settings.model!r}: {folder} is not whole: {error}") from error
-    about = {"model": settings.model, "revision": settings.revision, "base": identity}
+    about = {"model": settings.model, "revision": settings.revision, "digest": identity}
     return QwenEncoder(model, tokenizer, settings, about=about, device=device, precision=precision)
 
 

@@ -4,8 +4,18 @@ In: a hub id (must lie in the cache), a folder, or a packaged model. Out: an ``E
 
     [CLS] text [SEP] c_1 .. c_L        the result: the states at c_1 .. c_L, after the last layer
 
-Code tokens are new rows of the word table; each starts as the row of ``[CLS]`` plus a little noise that tells them apart. Unlike in
-Qwen2-VL every token sees every other. The output table is an untied copy of the word table.
+Code tokens are new rows of the word table; each starts as the row of ``[CLS]`` plus noise that tells them apart. How many of an item's
+10 nearest by the mean of all states (what the sentence model gives) are among the 10 nearest by the states at its code tokens, and
+by the difference of two of these, which is what c_2 and c_3 code: MiniLM before training, 300 products of office2014, three seeds:
+
+    first row                  at a code token    difference
+    [CLS] + 0.1 deviations           75 %            12 %
+    [CLS] + 2 deviations             77 %            60 %
+    [SEP] + 1 deviation              72 %            45 %
+    half of each + 2                 74 %            44 %
+    [MASK] or mean + 0.1          23 to 26 % (400 products, one seed)
+
+Unlike in Qwen2-VL every token sees every other. The output table is an untied copy of the word table.
 
 ``frozen_layers`` = k: word table, positions and the k lowest layers stay as they are and run without gradient. The code tokens enter
 at the input all the same; since their rows get no gradient there, each gets a trained vector that is added behind layer k. ``lora_rank``
@@ -34,7 +44,7 @@ from utgrec.tokenizer.settings import Settings
 
 KINDS = ("bert", "roberta", "xlm-roberta", "camembert")
 """Whose modules are ``embeddings`` and ``encoder.layer``, and whose layers take (states, mask)."""
-NOISE = 0.1
+NOISE = 2.0
 """Of a code token's first row, as a share of the word table's deviation."""
 
 
@@ -59,7 +69,7 @@ def load_sentence_encoder(settings: Settings, *, device: torch.device, precision
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ContractError(f"{name}: {folder} is not whole: {error}") from error
-    about = {"model": settings.model, "revision": settings.revision, "base": identity}
+    about = {"model": settings.model, "revision": settings.revision, "digest": identity}
     return SentenceEncoder(model, tokenizer, settings, about=about, device=device, precision=precision)
 
 

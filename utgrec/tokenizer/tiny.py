@@ -59,7 +59,7 @@ def make_tiny(settings: Settings, texts: Iterable[str], *, device: torch.device,
     """Random weights from torch's seed. ``saved``: the folder of ``save_files``, whose vocabulary is taken. Raises ContractError."""
     tokenizer = read_vocabulary(saved) if saved else learn_vocabulary(texts)
     model = random_model(tokenizer, settings.levels)
-    about = {"model": "tiny", "revision": "", "base": f"tiny, {len(tokenizer)} tokens"}
+    about = {"model": "tiny", "revision": "", "digest": f"tiny, {len(tokenizer)} tokens"}
     return TinyEncoder(model, tokenizer, settings, about=about, wording=WORDING, device=device, precision=precision)
 
 
