@@ -18,7 +18,7 @@ from utgrec.tokenizer.encoder import Encoder, EncoderBatch, make_encoder
 from utgrec.tokenizer.lora import add_lora
 from utgrec.tokenizer.pictures import normalised
 from utgrec.tokenizer.qwen import choose_attention, load_qwen, rope_positions
-from utgrec.tokenizer.tiny import learn_vocabulary, random_model
+from utgrec.tokenizer.tiny import WORDING, learn_vocabulary, random_model
 from utgrec.tokenizer.vision_cache import tokens
 
 
@@ -327,6 +327,57 @@ def test_a_table_without_spare_rows_is_refused() -> None:
     model.config.image_token_id = 3
     with pytest.raises(ContractError, match="do not belong together"):
         qwen.QwenEncoder(model, tokenizer, TINY, about={"model": "small"})
+
+
+def test_a_tied_model_is_untied() -> None:
+    tokenizer = learn_vocabulary(TEXTS)
+    model = random_model(tokenizer, 5)  # more rows than are needed, as the real one
+    model.lm_head.weight = model.get_input_embeddings().weight
+    encoder = qwen.QwenEncoder(model, tokenizer, TINY, about={"model": "tied"})
+    every = torch.arange(encoder.vocabulary)
+    assert encoder.vocabulary == len(tokenizer) + 4
+    assert torch.equal(encoder.head_VD, encoder.embed(every))
+    with torch.no_grad():
+        encoder.head_VD += 1
+    assert not torch.equal(encoder.head_VD, encoder.embed(every))
+
+
+def test_frozen_weights_are_bf16_on_a_gpu_and_trained_ones_fp32(tmp_path: Path) -> None:
+    """Made for a GPU and run on the CPU."""
+    plain = tiny(lora_rank=4)
+    tokenizer, gpu = plain.tokenizer, torch.device("cuda")
+    torch.manual_seed(1)
+    model = random_model(tokenizer, 3)
+    encoder = qwen.QwenEncoder(
+        model, tokenizer, plain.settings, about={"model": "half"}, wording=WORDING, device=gpu, precision="bf16"
+    ).eval()
+    kinds = {weight.requires_grad: weight.dtype for weight in encoder.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert all(weight.dtype == kinds[weight.requires_grad] for weight in encoder.parameters())
+    assert encoder.describe()["frozen_weights"] == "bfloat16"
+    with torch.autocast("cpu", torch.bfloat16):
+        half_BLD = states(encoder)
+        assert half_BLD.dtype == torch.bfloat16
+        assert (half_BLD.float() - states(plain)).abs().mean() < 0.05
+        encoder.cache_pictures(PICTURES, tmp_path)
+        assert encoder.prompts(TEXTS, PICTURES)[0].features_ND.dtype == np.uint16
+        assert torch.equal(states(encoder), half_BLD)  # features are kept as the tower gives them
+
+
+def test_lora_at_the_papers_size() -> None:
+    """9.2 million weights at rank 8 over the 28 layers of the 2B model."""
+    from transformers import Qwen2VLTextConfig
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+
+    config = Qwen2VLTextConfig(
+        vocab_size=8, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
+    )
+    with torch.device("meta"):
+        language = Qwen2VLTextModel(config)
+        add_lora(language, 8, 32.0, 0.1)
+    trained = [weight for weight in language.parameters() if weight.requires_grad]
+    assert len(trained) == 28 * 7 * 2
+    assert sum(weight.numel() for weight in trained) == 9_232_384
 
 
 def test_attention_that_cannot_run_is_refused() -> None:
