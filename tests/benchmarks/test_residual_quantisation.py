@@ -30,9 +30,9 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from threadpoolctl import threadpool_limits
 
 from baselines.tiger import rqvae
-from utgrec.kmeans import kmeans
 from tests.benchmarks.peers.rqvae_loop import PlainRQVAE
 from tests.benchmarks.peers.rqvae_loop import train as train_plainly
+from utgrec.kmeans import kmeans
 
 ITEMS = int(os.environ.get("RQ_ITEMS", 100_000))
 REPEATS = int(os.environ.get("RQ_REPEATS", 5))
