@@ -227,6 +227,19 @@ def columns(schema: pa.Schema) -> Callable[[memoryview, np.ndarray], list[pa.Arr
     return decode
 
 
+def loader(fields: tuple[str, ...]) -> Callable[[memoryview], dict[str, Any]]:
+    """What makes a dictionary of one line in a block that ``columns`` has decoded; it may leave out other fields."""
+    if msgspec is None:
+        return lambda line: json.loads(bytes(line))
+    decoder = msgspec.json.Decoder(msgspec.defstruct("Record", [(name, Any, None) for name in fields]))
+
+    def load(line: memoryview) -> dict[str, Any]:
+        record = decoder.decode(line)
+        return {name: getattr(record, name) for name in fields}
+
+    return load
+
+
 def _by_pyarrow(schema: pa.Schema, block: memoryview, count: int) -> list[pa.Array]:
     try:
         table = pa.json.read_json(

@@ -7,7 +7,6 @@ keep before any id becomes a number. Legend: R reviews.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,10 +136,11 @@ def _hashes(names: pa.ChunkedArray) -> np.ndarray:
 
 def _repeats(reviews: Reviews, pair_R: np.ndarray) -> int:
     """How many rows have a user and an item that an earlier row has."""
-    bucket_R = _buckets(pair_R)
-    rows = np.flatnonzero(np.bincount(bucket_R)[bucket_R] > 1)
-    hashes = np.sort(pair_R[rows])
-    shared = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    hashes = np.sort(pair_R)
+    shared = hashes[1:][hashes[1:] == hashes[:-1]]
+    marked = np.zeros(1 << 24, bool)  # small enough for a cache; sorts out nineteen rows of twenty before the exact search
+    marked[shared >> np.uint64(40)] = True
+    rows = np.flatnonzero(marked[pair_R >> np.uint64(40)])
     rows = rows[np.isin(pair_R[rows], shared)]
     user, _, item, item_ids = reviews.take(rows)
     return len(rows) - len(np.unique(user * max(len(item_ids), 1) + item))
@@ -177,11 +177,12 @@ def read_metadata(path: Path, item_ids: list[str]) -> tuple[dict[str, list[Any]]
 def _records_of(items: Collection[str]) -> Callable[[memoryview, np.ndarray], list[dict[str, Any]]]:
     """A decoder that makes dictionaries of the records of these items only: a category lists ten times as many as a core keeps."""
     identify = jsonl.columns(pa.schema([("parent_asin", pa.string())]))
+    load = jsonl.loader(("parent_asin", *PARTS.values()))
 
     def decode(block: memoryview, ends: np.ndarray) -> list[dict[str, Any]]:
         (names,) = identify(block, ends)
         rows = [row for row, name in enumerate(names.to_pylist()) if name in items]
         starts = np.concatenate([[0], ends[:-1] + 1])
-        return [json.loads(bytes(block[start:end])) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)]
+        return [load(block[start:end]) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)]
 
     return decode

@@ -3,8 +3,8 @@
 In: how many reviews and records. Out: CATEGORY.jsonl and meta_CATEGORY.jsonl, and with ``gz`` the same gzipped (level 6, as published).
 Shapes of Office_Products: 12.8 million reviews by 7.6 million users (most with one review, some with hundreds), 710,000 items,
 lines of 300 to 700 bytes (text of 170 in the median, some of thousands), 3 % repeats, 15 % of a user's reviews at the time of the one
-before, words beyond ASCII in every other line; metadata of 2 KB a record. The 5-core keeps a fifth of the reviews (there: a seventh),
-gzip makes them a third (there about as much).
+before, words beyond ASCII in every other line; metadata of 2 KB a record. At that size the 5-core keeps 217,000 users, 139,000 items and
+2.6 million interactions (Office_Products: 223,308, 77,551 and 1.8 million); gzip makes the files a third (there about as much).
 """
 
 from __future__ import annotations
