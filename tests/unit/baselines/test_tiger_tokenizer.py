@@ -58,23 +58,23 @@ def same_group_rate(code_N: np.ndarray, group_N: np.ndarray) -> tuple[float, flo
 
 
 def test_nearest_is_the_float64_arg_min(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "CELLS", 16 * 50)  # several blocks, the last one not full
+    monkeypatch.setattr(kmeans, "CELLS", 16 * 50)  # several blocks, the last one not full
     x_ND, book_KD = torch.randn(333, 20), torch.randn(16, 20)
     right_NK = torch.cdist(x_ND.double(), book_KD.double()) ** 2
-    codes_N, distance_N = codes.nearest(x_ND, book_KD)
+    codes_N, distance_N = kmeans.nearest(x_ND, book_KD)
     assert torch.equal(codes_N, right_NK.argmin(1))
     torch.testing.assert_close(distance_N.double(), right_NK.min(1).values, rtol=1e-5, atol=1e-5)
 
 
 def test_ties_go_to_the_lowest_code() -> None:
     book_KD = torch.tensor([[4.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
-    assert codes.nearest(torch.tensor([[0.0, 5.0], [1.0, 0.0], [3.0, 0.0]]), book_KD)[0].tolist() == [1, 1, 0]
+    assert kmeans.nearest(torch.tensor([[0.0, 5.0], [1.0, 0.0], [3.0, 0.0]]), book_KD)[0].tolist() == [1, 1, 0]
 
 
 def test_half_precision_is_quantised_in_fp32() -> None:
     x_ND, book_KD = torch.randn(500, 32).bfloat16(), torch.randn(64, 32).bfloat16()
     right_N = torch.cdist(x_ND.double(), book_KD.double()).argmin(1)
-    assert torch.equal(codes.nearest(x_ND, book_KD)[0], right_N)
+    assert torch.equal(kmeans.nearest(x_ND, book_KD)[0], right_N)
 
 
 def test_residual_codes_are_the_plain_loop() -> None:
@@ -112,7 +112,7 @@ def test_kmeans_is_as_good_as_scikit_learn(d: int, kind: str) -> None:
 def test_kmeans_says_what_it_did() -> None:
     x_ND = clustered(500, 80)[0]
     found = kmeans.kmeans(x_ND, 20, seed=1)
-    codes_N, distance_N = codes.nearest(x_ND, found.centres_KD)
+    codes_N, distance_N = kmeans.nearest(x_ND, found.centres_KD)
     assert torch.equal(found.codes_N, codes_N) and found.objective == pytest.approx(float(distance_N.double().sum()))
     assert len(found.codes_N.unique()) == 20
     assert kmeans.kmeans(x_ND, 20, seed=1, steps=3).steps <= 3

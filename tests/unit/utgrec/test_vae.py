@@ -70,20 +70,23 @@ def test_what_is_no_whole_picture_is_none() -> None:
 
 
 def test_the_stand_in_keeps_colours() -> None:
-    """Standardised on simulated products, and the planted colour can be read from the latents of the centre by a nearest mean."""
-    rng = np.random.default_rng(3)
-    kinds = np.repeat(np.arange(len(COLOURS)), 60)
-    shown = np.stack([pixels(product_picture(COLOURS[kind], rng), 32) for kind in kinds])
-    vae = StandIn(0)
-    mean_BChw, std_BChw = vae.moments(images(shown))
-    assert mean_BChw.shape == std_BChw.shape == (len(kinds), vae.channels, 4, 4)
-    latents = vae.scale * (mean_BChw + std_BChw * torch.randn_like(mean_BChw))
-    assert 0.5 < latents.std() < 1.5 and abs(latents.mean()) < 0.5
-    centre = latents[:, :, 1:3, 1:3].mean((2, 3)).numpy()
-    means = np.stack([centre[kinds == kind][:30].mean(0) for kind in range(len(COLOURS))])
-    held_out = np.concatenate([np.flatnonzero(kinds == kind)[30:] for kind in range(len(COLOURS))])
-    guess = np.linalg.norm(centre[held_out][:, None] - means, axis=-1).argmin(1)
-    assert (guess == kinds[held_out]).mean() > 0.8
+    """The nearest of ten mean latents names the colour of a product whose shape, size and place vary: over 70 % where chance is 10 %."""
+    torch.manual_seed(0)
+    vae, right = StandIn(0), []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        kinds = np.repeat(np.arange(len(COLOURS)), 60)
+        shown = np.stack([pixels(product_picture(COLOURS[kind], rng), 32) for kind in kinds])
+        mean_BChw, std_BChw = vae.moments(images(shown))
+        assert mean_BChw.shape == std_BChw.shape == (len(kinds), vae.channels, 4, 4)
+        latents = vae.scale * (mean_BChw + std_BChw * torch.randn_like(mean_BChw))
+        assert 0.5 < latents.std() < 1.5 and abs(latents.mean()) < 0.5
+        centre = latents[:, :, 1:3, 1:3].mean((2, 3)).numpy()
+        means = np.stack([centre[kinds == kind][:30].mean(0) for kind in range(len(COLOURS))])
+        held_out = np.concatenate([np.flatnonzero(kinds == kind)[30:] for kind in range(len(COLOURS))])
+        guess = np.linalg.norm(centre[held_out][:, None] - means, axis=-1).argmin(1)
+        right.append((guess == kinds[held_out]).mean())
+    assert np.mean(right) > 0.7
 
 
 def test_the_stand_in_is_an_orthogonal_map_fixed_by_its_seed() -> None:
