@@ -18,23 +18,14 @@ from harness.data.card import WORDS, Card
 from harness.data.card_view import Row, counts_rows, facts_rows, left_out, overlap_cells
 from harness.data.source import DataError
 from harness.tables.text import SIMULATED_LINE
-from harness.tables.webpage import STYLE
+from harness.tables.webpage import head
 
 OWN_STYLE = Path(__file__).with_name("card.css")
 
 
 def to_html(card: Card) -> str:
     suffix = " (SIMULATED)" if card.simulated else ""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(card.name)}{suffix}</title>
-<style>
-{STYLE.read_text(encoding="utf-8")}{OWN_STYLE.read_text(encoding="utf-8")}</style>
-</head>
+    return f"""{head(card.name + suffix, OWN_STYLE)}
 <body class="card">
 {chr(10).join(_body(card))}
 </body>

@@ -14,19 +14,25 @@ MAX_COLUMNS = 10
 STYLE = Path(__file__).with_name("style.css")
 
 
-def to_html(table: Table) -> str:
-    simulated = " (SIMULATED)" if any(part.simulated for part in table.parts) else ""
-    sections = "\n".join("\n".join(_part(part, f"p{number}")) for number, part in enumerate(table.parts, 1))
+def head(title: str, *more: Path) -> str:
+    """The beginning of a page that loads nothing: its title, the house's style, then ``more`` style sheets."""
+    style = "".join(path.read_text(encoding="utf-8") for path in (STYLE, *more))
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(table.title)}{simulated}</title>
+<title>{escape(title)}</title>
 <style>
-{STYLE.read_text(encoding="utf-8")}</style>
-</head>
+{style}</style>
+</head>"""
+
+
+def to_html(table: Table) -> str:
+    simulated = " (SIMULATED)" if any(part.simulated for part in table.parts) else ""
+    sections = "\n".join("\n".join(_part(part, f"p{number}")) for number, part in enumerate(table.parts, 1))
+    return f"""{head(table.title + simulated)}
 <body>
 {sections}
 </body>
