@@ -4,6 +4,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 uv=${UV:-uv}
+
+# A fresh clone has no lock: one is made from the pins, so that only what pyproject.toml asks for moves.
+if [ ! -e uv.lock ]; then
+  seed=$(mktemp -d); trap 'rm -rf "$seed"' EXIT
+  cp -r pyproject.toml LICENSE README.md "$seed"
+  { printf '\nconstraint-dependencies = [\n'
+    sed -nE 's/^([a-z][^ ;]*==[^ ;]*)( ;.*)? \\$/"\1\2",/p' docker/requirements/{cuda,flash-attn,mlflow}.txt | sort -u
+    printf ']\n'; } > "$seed/pins"
+  sed -i "/^\[tool.uv\]$/r $seed/pins" "$seed/pyproject.toml"
+  (cd "$seed" && "$uv" lock --quiet) && cp "$seed/uv.lock" .
+fi
 "$uv" lock "$@"                        # e.g. --upgrade, --upgrade-package NAME
 
 # make(file, what it is for, export options...)

@@ -6,7 +6,7 @@ memory is a few blocks, whatever the file's size.
 Decoding is quick and strict: a block in which a wanted field has another type, a line is not one object, or anything looks odd is not
 decoded but handed back, and ``records`` goes through it line by line with the standard library, which decides and names the line.
 So what is accepted does not depend on the quick decoder (but for brackets nested a thousand deep, where the library gives up). With
-msgspec (decoding) and isal (gzip) installed it is about twice as quick as with pyarrow and zlib alone; results are the same.
+msgspec (decoding) and isal (gzip), which the project installs, it is about twice as quick as with pyarrow and zlib alone; results are the same.
 """
 
 from __future__ import annotations

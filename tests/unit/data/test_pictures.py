@@ -299,7 +299,7 @@ def test_a_host_that_refuses_everything_is_left_alone(tmp_path, web_server, faul
         web_server.serve(f"/I/{name}.jpg", picture(name), always=fault)
     with pytest.raises(HostRefuses, match=message):
         Download(tmp_path, CATEGORY, manners=Manners(per_host=4)).run()
-    assert len(web_server.log) < 80
+    assert len(web_server.log) < 150  # of 300: those on their way when the host is given up are answered, too
     assert set(names[:20]) <= set(pack(tmp_path))
 
 
