@@ -8,7 +8,7 @@ uv=${UV:-uv}
 # A fresh clone has no lock: one is made from the pins, so that only what pyproject.toml asks for moves.
 if [ ! -e uv.lock ]; then
   seed=$(mktemp -d); trap 'rm -rf "$seed"' EXIT
-  cp -r pyproject.toml LICENSE README.md "$seed"
+  cp pyproject.toml "$seed"
   { printf '\nconstraint-dependencies = [\n'
     sed -nE 's/^([a-z][^ ;]*==[^ ;]*)( ;.*)? \\$/"\1\2",/p' docker/requirements/{cuda,flash-attn,mlflow}.txt | sort -u
     printf ']\n'; } > "$seed/pins"

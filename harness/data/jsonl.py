@@ -5,8 +5,7 @@ memory is a few blocks, whatever the file's size.
 
 Decoding is quick and strict: a block in which a wanted field has another type, a line is not one object, or anything looks odd is not
 decoded but handed back, and ``records`` goes through it line by line with the standard library, which decides and names the line.
-So what is accepted does not depend on the quick decoder (but for brackets nested a thousand deep, where the library gives up). With
-msgspec (decoding) and isal (gzip), which the project installs, it is about twice as quick as with pyarrow and zlib alone; results are the same.
+So what is accepted does not depend on the quick decoder (but for brackets nested a thousand deep, where the library gives up).
 """
 
 from __future__ import annotations
@@ -14,33 +13,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib
 import json
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.json
+from isal import isal_zlib
 
 from harness.data.source import DataError
 
-
-def _if_there(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        return None
-
-
-msgspec: Any = _if_there("msgspec")
-gzip_zlib: Any = _if_there("isal.isal_zlib") or zlib
-
 T = TypeVar("T")
+GzipError: Any = isal_zlib.error  # a class, whatever its stub says
 BLOCK = 4 << 20
 """Bytes of a block, about. Decoding holds the interpreter's lock for a block, so larger ones make the threads wait for each other."""
 LONGEST = 1 << 28
@@ -88,7 +76,7 @@ def blocks(path: Path) -> Iterator[memoryview]:
             if max(begin, end) < len(chunk):
                 parts = [view[max(begin, end) :]]
                 length = len(parts[0])
-    except (zlib.error, gzip_zlib.error) as error:
+    except GzipError as error:
         raise Damaged(f"the gzip file is truncated or damaged ({error})") from None
     if parts:
         yield memoryview(b"".join((*parts, b"\n")))
@@ -109,7 +97,7 @@ def _gunzip(path: Path) -> Iterator[bytes]:
                 data = data.lstrip(b"\0")
                 if not data:
                     continue
-                member = gzip_zlib.decompressobj(31)
+                member = isal_zlib.decompressobj(31)
             if chunk := member.decompress(data, BLOCK):
                 yield chunk
             data = member.unused_data if member.eof else member.unconsumed_tail
@@ -119,7 +107,7 @@ def _gunzip(path: Path) -> Iterator[bytes]:
                 while chunk := member.decompress(b"", BLOCK):
                     yield chunk
         if member is not None:
-            raise zlib.error("it ends in the middle of the stream")
+            raise GzipError("it ends in the middle of the stream")
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -209,8 +197,6 @@ def _plausible(block: memoryview, ends: np.ndarray) -> bool:
 
 def columns(schema: pa.Schema) -> Callable[[memoryview, np.ndarray], list[pa.Array]]:
     """A decoder for ``decoded``: columns of these fields (string, int64), null where a line has none. Others are not looked at."""
-    if msgspec is None:
-        return lambda block, ends: _by_pyarrow(schema, block, len(ends))
     kinds = {pa.string(): str, pa.int64(): int}
     row = msgspec.defstruct("Row", [(field.name, kinds[field.type] | None, None) for field in schema], gc=False)
     decoder = msgspec.json.Decoder(row)
@@ -229,8 +215,6 @@ def columns(schema: pa.Schema) -> Callable[[memoryview, np.ndarray], list[pa.Arr
 
 def loader(fields: tuple[str, ...]) -> Callable[[memoryview], dict[str, Any]]:
     """What makes a dictionary of one line in a block that ``columns`` has decoded; it may leave out other fields."""
-    if msgspec is None:
-        return lambda line: json.loads(bytes(line))
     decoder = msgspec.json.Decoder(msgspec.defstruct("Record", [(name, Any, None) for name in fields]))
 
     def load(line: memoryview) -> dict[str, Any]:
@@ -238,20 +222,6 @@ def loader(fields: tuple[str, ...]) -> Callable[[memoryview], dict[str, Any]]:
         return {name: getattr(record, name) for name in fields}
 
     return load
-
-
-def _by_pyarrow(schema: pa.Schema, block: memoryview, count: int) -> list[pa.Array]:
-    try:
-        table = pa.json.read_json(
-            pa.BufferReader(block),
-            read_options=pa.json.ReadOptions(use_threads=False, block_size=len(block)),
-            parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
-        )
-    except pa.ArrowException:
-        raise Refused from None
-    if len(table) != count:
-        raise Refused
-    return [table[name].combine_chunks() for name in schema.names]
 
 
 # -------------------------------------------------------------------------------------------------------- line by line

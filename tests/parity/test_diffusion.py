@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from utgrec.tokenizer.diffusion import CosineSchedule
-
-pytest.importorskip("diffusers")
-from diffusers import DDPMScheduler
 
 STEPS = 1000
 

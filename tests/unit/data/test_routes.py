@@ -79,13 +79,8 @@ def oracle(raw, category):
     )
 
 
-@pytest.mark.parametrize("decoder", ["msgspec", "pyarrow"])
 @pytest.mark.parametrize("category", [CATEGORY, "Software"])
-def test_every_route_gives_the_digest_of_the_oracle(simulated, tmp_path, category, decoder, monkeypatch):
-    if decoder == "pyarrow":
-        monkeypatch.setattr(jsonl, "msgspec", None)
-    else:
-        pytest.importorskip("msgspec")
+def test_every_route_gives_the_digest_of_the_oracle(simulated, tmp_path, category, monkeypatch):
     monkeypatch.setattr(jsonl, "BLOCK", 30_000)
     pictures = read_raw(simulated, category)[1]
     expected = write_domain(tmp_path / "oracle" / "d", oracle(simulated, category), pictures=pictures)
