@@ -20,7 +20,6 @@ Legend: B items, L positions, D width, K codes of a book, N vectors that are qua
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,8 +32,6 @@ from utgrec.tokenizer.settings import Settings
 
 START_NOISE = 0.01
 """Of a start's rows, in standard deviations."""
-Assign = Callable[[nn.Parameter, Tensor], None]
-"""Gives a parameter a new value, wherever its copies are."""
 
 
 class Quantised(NamedTuple):
@@ -60,10 +57,11 @@ class Book(nn.Module):
         with torch.autocast(self.E_KD.device.type, enabled=False):
             return self.E_KD.float() @ self.W_DD.float().T
 
-    def start(self, centres_KD: Tensor, assign: Assign) -> None:
+    @torch.no_grad()
+    def start(self, centres_KD: Tensor) -> None:
         """Make these the rows."""
-        assign(self.W_DD, torch.eye(len(self.W_DD), device=self.W_DD.device))
-        assign(self.E_KD, centres_KD)
+        self.W_DD.copy_(torch.eye(len(self.W_DD)))
+        self.E_KD.copy_(centres_KD)
 
     def freeze(self, adapt: str) -> None:
         """For adaptation to a domain: ``w`` leaves W to be trained, ``all`` both, ``none`` neither."""
@@ -89,8 +87,9 @@ class PlainBook(Book):
     def rows_KD(self) -> Tensor:
         return self.E_KD.float()
 
-    def start(self, centres_KD: Tensor, assign: Assign) -> None:
-        assign(self.E_KD, centres_KD)
+    @torch.no_grad()
+    def start(self, centres_KD: Tensor) -> None:
+        self.E_KD.copy_(centres_KD)
 
     def freeze(self, adapt: str) -> None:
         self.E_KD.requires_grad_(adapt == "all")
@@ -112,7 +111,7 @@ class MeanBook(Book):
     def rows_KD(self) -> Tensor:
         return self.sum_KD / self.count_K.clamp(min=1e-5)[:, None]
 
-    def start(self, centres_KD: Tensor, assign: Assign) -> None:
+    def start(self, centres_KD: Tensor) -> None:
         self.sum_KD.copy_(centres_KD)
         self.count_K.fill_(1.0)
 
@@ -172,14 +171,14 @@ class TreeQuantizer(nn.Module):
             return t_BD.square().sum(1, keepdim=True) - 2 * t_BD @ rows_KD.T + rows_KD.square().sum(1)
 
     @torch.no_grad()
-    def start(self, t_BLD: Tensor, seed: int, assign: Assign) -> None:
+    def start(self, t_BLD: Tensor, seed: int) -> None:
         """Rows become the centres of a k-means of these prefix residuals. Centres that no vector needs lie a little beside another."""
         for number, book in enumerate(self.books):
             here = [level for level, of in enumerate(self.of_L) if of == number]
             t_ND, generator = t_BLD[:, here].flatten(0, 1).float(), torch.Generator().manual_seed(seed + number)
             centres_KD = kmeans(t_ND, len(book.rows_KD), seed=seed + number).centres_KD
             noise_KD = torch.randn(centres_KD.shape, generator=generator).to(centres_KD.device)
-            book.start(centres_KD + START_NOISE * t_ND.std(0) * noise_KD, assign)
+            book.start(centres_KD + START_NOISE * t_ND.std(0) * noise_KD)
 
     def freeze(self, adapt: str) -> None:
         for book in self.books:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from utgrec.tokenizer.vae import Moments
 
 from harness.contract import ContractError, Domain
 from utgrec.tokenizer.cooccurrence import Neighbours
@@ -26,6 +25,7 @@ from utgrec.tokenizer.encoder import Encoder, Prompt
 from utgrec.tokenizer.masking import mask_tokens
 from utgrec.tokenizer.model import Micro, PictureTargets, TextTargets
 from utgrec.tokenizer.settings import Settings
+from utgrec.tokenizer.vae import Moments
 
 HELD_BYTES = 1 << 30
 """Prompts are kept once they are made while all of them are smaller than this; larger catalogues make them anew each time."""
@@ -143,12 +143,16 @@ class Catalogue:
     def steps_per_epoch(self, batch: int) -> int:
         return -(-len(self.train_X) // batch)
 
-    def step(self, step: int, batch: int) -> np.ndarray:
-        """The items of step 0, 1, 2, ...: of all processes together."""
+    def step(self, step: int, batch: int, least: int = 1) -> np.ndarray:
+        """The items of step 0, 1, 2, ...: of all processes together.
+
+        ``least``: so many at the end of an epoch, too, with items from its beginning, so that every part of every process has one.
+        """
         epoch, position = divmod(step, self.steps_per_epoch(batch))
         if getattr(self, "_epoch", None) != epoch:
             self._epoch, self._order = epoch, self.epoch(epoch)
-        return self._order[position * batch : (position + 1) * batch]
+        items = self._order[position * batch : (position + 1) * batch]
+        return items if len(items) >= least else np.concatenate([items, np.resize(self._order, least - len(items))])
 
     def share(self, items: np.ndarray, step: int, mine: np.ndarray) -> Share:
         """``mine``: places in ``items`` of the step. What is drawn for an item does not depend on who does it."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +83,11 @@ TERMS = ("code", "text", "text_neighbour", "noise", "noise_neighbour", "bound", 
 """``noise`` and ``bound`` are the two parts of the picture's loss (diffusion.py)."""
 
 
-@dataclass
-class Terms:
-    """What a micro batch gives. Sums over its items, over selected tokens, over pictures; the caller weights and divides them."""
+class Terms(NamedTuple):
+    """What a micro batch gives. Sums over its items, over selected tokens, over pictures; the caller weights and divides them.
+
+    A tuple, and not a dataclass, because DeepSpeed must find the tensors in what a module returns.
+    """
 
     h_BLD: Tensor
     sums: dict[str, Tensor]
@@ -142,17 +144,17 @@ class UniversalTokenizer(nn.Module):
         if vectors_only:
             return h_BLD
         own_BLD = h_BLD[: micro.n_items]
-        terms = Terms(h_BLD, dict.fromkeys(TERMS, h_BLD.new_zeros(())))
-        r_BLD = own_BLD
+        sums = {name: h_BLD.new_zeros(()) for name in TERMS}
+        codes_BL, r_BLD = None, own_BLD
         if quantise:  # before the codebooks enter, the decoders read h itself: the sum of all prefix residuals
-            terms.codes_BL, r_BLD, code = self.quantizer(own_BLD)
-            terms.sums["code"] = code * micro.n_items
+            codes_BL, r_BLD, code = self.quantizer(own_BLD)
+            sums["code"] = code * micro.n_items
         prefix_BLW = self.read(r_BLD)
         if micro.texts:
-            terms.sums |= self.rebuild_texts(prefix_BLW, micro.texts)
+            sums |= self.rebuild_texts(prefix_BLW, micro.texts)
         if micro.pictures:
-            terms.sums |= self.rebuild_pictures(prefix_BLW, micro.pictures)
-        return terms
+            sums |= self.rebuild_pictures(prefix_BLW, micro.pictures)
+        return Terms(h_BLD, sums, codes_BL)
 
     def rebuild_texts(self, prefix_BLW: Tensor, texts: TextTargets) -> dict[str, Tensor]:
         """Cross-entropy of the selected tokens."""

@@ -6,18 +6,27 @@ mean over the whole batch, so gradients are *summed* over processes. Weights, mo
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import json
+import os
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.contract import ContractError
+from harness.contract import ContractError, write_json
 from utgrec.recommender.checkpoint import Checkpoint
 from utgrec.recommender.processes import Processes
 from utgrec.tokenizer.settings import Settings
+
+TAGS = ("one", "other")
+"""Names of the two sharded checkpoints, of which one is the last."""
 
 
 class Optimizing(Protocol):
@@ -30,7 +39,14 @@ class Optimizing(Protocol):
 
     def backward(self, loss: Tensor, *, last: bool) -> None: ...
     def step(self, rate: float, clip: float) -> None: ...
-    def assign(self, parameter: nn.Parameter, value: Tensor) -> None: ...
+    def changing(self, part: nn.Module) -> AbstractContextManager[None]:
+        """Inside, ``part`` has its whole weights, and they may be given new values, the same in all processes."""
+        ...
+
+    def release(self) -> None:
+        """Training is over: every process gets the whole model back, as it was before."""
+        ...
+
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None: ...
     def load(self, checkpoint: Checkpoint) -> dict[str, Any] | None: ...
 
@@ -87,9 +103,14 @@ class Whole:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    @torch.no_grad()
-    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.copy_(value)
+    @contextmanager
+    def changing(self, part: nn.Module) -> Iterator[None]:
+        yield
+        for weight in part.parameters():
+            self.optimizer.state.pop(weight, None)  # moments of other values: a process of many has summed up zeros
+
+    def release(self) -> None:
+        pass
 
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
         checkpoint.save(state | {"model": dict(trained(self.model)), "optimizer": self.optimizer.state_dict()})
@@ -103,24 +124,31 @@ class Whole:
 
 
 class Sharded:
-    """DeepSpeed's ZeRO, through accelerate: moments and gradients (stage 2) and weights, too (stage 3), are spread over the processes."""
+    """DeepSpeed's ZeRO: moments and gradients (stage 2) and weights, too (stage 3), are spread over the processes.
+
+    AdamW's steps are counted for all weights together: codebooks that enter late have their first steps a little smaller than in ``Whole``.
+    In stage 3 a module's weights are whole only while its own forward runs, or inside ``changing``. Not through accelerate, which would
+    leave transformers in a state in which every later model of the process is sharded, too.
+    """
 
     collective = True
 
     def __init__(self, model: nn.Module, settings: Settings, processes: Processes, parts: int, precision: str):
         try:
-            import deepspeed  # noqa: F401
+            import deepspeed
         except ImportError:
             raise ContractError(
                 f"sharding = {settings.sharding!r} needs DeepSpeed, which is not installed: make venv DEVICE=cuda, or sharding = 'none'"
             ) from None
-        from accelerate import Accelerator, DeepSpeedPlugin
-
-        self.digest, self.processes = digest(model), processes
-        plugin = DeepSpeedPlugin(hf_ds_config=configuration(settings, processes, parts, precision))
-        self.accelerator = Accelerator(deepspeed_plugin=plugin, mixed_precision="no")  # weights stay fp32, products are autocast
+        if processes.world == 1 and not dist.is_initialized():  # DeepSpeed wants a group even for one
+            store = dist.HashStore()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if processes.device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+            atexit.register(dist.destroy_process_group)
+            os.environ.setdefault("LOCAL_RANK", "0")
+        self.digest, self.processes, self.whole = digest(model), processes, model
         optimizer = torch.optim.AdamW(groups(model, settings.tokenizer_weight_decay), lr=0.0)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        config = configuration(settings, parts, precision, processes.device)
+        self.model, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """DeepSpeed averages over processes and over the parts of a step; ours are parts of one mean already."""
@@ -128,35 +156,72 @@ class Sharded:
         self.model.backward(loss * self.processes.world, scale_wrt_gas=False)
 
     def step(self, rate: float, clip: float) -> None:
+        """``clip`` stands in DeepSpeed's configuration."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.model.step()
 
-    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+    @contextmanager
+    def changing(self, part: nn.Module) -> Iterator[None]:
+        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, value)
+        weights = list(part.parameters())
+        with deepspeed.zero.GatheredParameters(weights, modifier_rank=0):
+            yield
+            values = [weight.detach().clone() for weight in weights]
+        for weight, value in zip(weights, values, strict=True):
+            safe_set_full_fp32_param(weight, value)  # what AdamW steps from: its own copy
+
+    def release(self) -> None:
+        import deepspeed
+
+        found: dict[int, nn.Parameter] = {}
+        for module in self.whole.modules():
+            own = dict(module._parameters)
+            with deepspeed.zero.GatheredParameters([weight for weight in own.values() if weight is not None]):
+                for weight in own.values():
+                    if weight is not None and id(weight) not in found:
+                        found[id(weight)] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            module._parameters = {name: weight if weight is None else found[id(weight)] for name, weight in own.items()}
+        self.model.destroy()
+        self.model = self.whole
 
     def save(self, checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-        begin, folder = time.monotonic(), str(checkpoint.path.parent)
-        self.model.save_checkpoint(folder, tag="sharded", client_state={"identity": checkpoint.identity, "state": state})
+        """Beside the last one, which counts until the new one is whole."""
+        begin, folder = time.monotonic(), checkpoint.path.parent
+        tag = TAGS[self._last(folder) == TAGS[0]]
+        if self.processes.first:
+            write_json(folder / f"{tag}.json", checkpoint.identity)
+        self.model.save_checkpoint(str(folder), tag=tag, client_state=state, exclude_frozen_parameters=True)
         checkpoint.saved(time.monotonic() - begin)
 
     def load(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
-        if not (checkpoint.path.parent / "latest").exists():
+        folder = checkpoint.path.parent
+        tag = self._last(folder)
+        if tag is None:
             return None
-        _, client = self.model.load_checkpoint(str(checkpoint.path.parent), tag="sharded")
-        checkpoint.refuse_another(client["identity"])
-        return client["state"]
+        # Whose it is comes first: weights of another shape would fail in DeepSpeed's words.
+        checkpoint.refuse_another(json.loads((folder / f"{tag}.json").read_text()))
+        _, client = self.model.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        return client
+
+    @staticmethod
+    def _last(folder: Path) -> str | None:
+        """The name of the last whole checkpoint."""
+        path = folder / "latest"  # DeepSpeed's, written behind all processes' parts
+        return path.read_text().strip() if path.exists() else None
 
 
-def configuration(settings: Settings, processes: Processes, parts: int, precision: str) -> dict[str, Any]:
-    """What DeepSpeed is told. ``train_batch_size`` counts items, of which each process takes its share in so many parts."""
+def configuration(settings: Settings, parts: int, precision: str, device: torch.device) -> dict[str, Any]:
+    """What DeepSpeed is told."""
     stage = {"zero2": 2, "zero3": 3}[settings.sharding]
     return {
         "train_micro_batch_size_per_gpu": settings.tokenizer_micro,
         "gradient_accumulation_steps": parts,
         "gradient_clipping": settings.tokenizer_clip,
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "overlap_comm": processes.device.type == "cuda", "contiguous_gradients": True},
+        "zero_optimization": {"stage": stage, "overlap_comm": device.type == "cuda", "contiguous_gradients": True},
+        # DeepSpeed turns off the autocast it finds around it. No weight and no gradient is sent in half precision.
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
     }

@@ -110,6 +110,7 @@ class Training:
                 self.optimizing.save(self.checkpoint, self.state())
         if self.fresh and self.step <= self.quantise_after:  # the budget ended it before the codebooks were needed
             self.start_books()
+        self.optimizing.release()
         self.model.eval()
         stopped = "epochs" if self.step == self.total else "budget"
         return Meta(
@@ -129,7 +130,7 @@ class Training:
     # ---------------------------------------------------------------------------------------------------- one step
 
     def train_step(self) -> None:
-        items = self.catalogue.step(self.step, self.settings.tokenizer_batch)
+        items = self.catalogue.step(self.step, self.settings.tokenizer_batch, self.processes.world * self.parts_of_a_step)
         share = self.catalogue.share(items, self.step, self.processes.share(np.arange(len(items))))
         counts = dict(zip(share.counts, self.processes.sum(*share.counts.values()), strict=True))  # of all processes
         micros = [self.catalogue.micro(share, part) for part in self.parts(share)]
@@ -156,12 +157,15 @@ class Training:
         self.step += 1
 
     def start_books(self) -> None:
-        self.model.quantizer.start(self.residuals_of_sample(), self.job.seed, self.optimizing.assign)
+        with self.optimizing.changing(self.model.quantizer):
+            self.model.quantizer.start(self.residuals_of_sample(), self.job.seed)
 
     def residuals_of_sample(self) -> Tensor:
         """t [X, L, D] of some items, without dropout: what codebooks start from. The same in all processes."""
         count = START_ITEMS * max(self.settings.widths)
         rows_X = np.random.default_rng([self.job.seed, 14]).permutation(self.catalogue.train_X)[:count]
+        if self.optimizing.collective:  # all processes make as many calls of the model
+            rows_X = rows_X[: max(1, len(rows_X) // self.processes.world) * self.processes.world]
         mine_XLD = encode_rows(self.model, self.catalogue, self.processes.share(rows_X), self.processes.device, self.job.precision)[1]
         self.model.train()
         return torch.from_numpy(self.processes.gather_rows(mine_XLD, len(rows_X))).to(self.processes.device)

@@ -107,6 +107,18 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path: Path, micro: 
         assert float(parts.sums[name]) == pytest.approx(float(whole.sums[name]), rel=1e-4), name
 
 
+def test_the_last_step_of_an_epoch_has_an_item_for_every_part(tmp_path: Path) -> None:
+    """One item is left for four parts."""
+    items = len(training(tmp_path / "count").catalogue.train_X)
+    batch = next(size for size in range(13, items) if items % size == 1)
+    tokenizer = training(tmp_path / "parts", tokenizer_batch=batch, tokenizer_micro=-(-batch // 4))
+    for _ in range(tokenizer.per_epoch):
+        tokenizer.train_step()
+    order = tokenizer.catalogue.epoch(0)
+    assert tokenizer.catalogue.step(tokenizer.per_epoch - 1, batch, 4).tolist() == [order[-1], *order[:3]]
+    assert np.isfinite(float(tokenizer.sums["loss"]))
+
+
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["TEST_PORT"]}
