@@ -65,6 +65,10 @@ class EncoderBatch:
     features_ND: Tensor | None = None
     """Known features of the other pictures."""
     feature_places_N: Tensor | None = None
+    order_B: Tensor | None = None
+    """Rows from the longest to the shortest."""
+    groups: tuple[tuple[int, int, int], ...] = ()
+    """First, end and length of what goes through the layers together: places in ``order_B``, tokens of the longest row."""
 
     def to(self, device: torch.device | str) -> EncoderBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -214,6 +218,27 @@ def longest_tokens(prompts: Sequence[Prompt], pad: int) -> tuple[Tensor, Tensor]
     for row, prompt in enumerate(prompts):
         tokens_BS[row, : len(prompt)] = prompt.tokens_S
     return torch.from_numpy(tokens_BS), torch.from_numpy(lengths_B)
+
+
+def groups_of_like_length(lengths_B: np.ndarray, fee: float) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
+    """Rows from the longest to the shortest, and the cuts into groups (first, end, length) that make the least padding.
+
+    ``fee``: tokens that a group more costs.
+    """
+    order_B = np.argsort(-lengths_B, kind="stable")
+    sorted_B = lengths_B[order_B]
+    cost, first = np.zeros(len(order_B) + 1), np.zeros(len(order_B) + 1, np.int64)
+    for end in range(1, len(order_B) + 1):
+        starts = np.arange(end)
+        costs = cost[:end] + (end - starts) * sorted_B[:end] + fee
+        first[end] = costs.argmin()
+        cost[end] = costs[first[end]]
+    cuts, end = [], len(order_B)
+    while end:
+        start = int(first[end])
+        cuts.append((start, end, int(sorted_B[start])))
+        end = start
+    return order_B, tuple(reversed(cuts))
 
 
 def at_codes(hidden_BSD: Tensor, lengths_B: Tensor, levels: int) -> Tensor:

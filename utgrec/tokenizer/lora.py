@@ -26,8 +26,9 @@ class LoraLinear(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        small = F.linear(F.dropout(x, self.dropout, self.training), self.down)
-        return self.base(x) + F.linear(small, self.up) * self.scale
+        small = F.linear(F.dropout(x, self.dropout, self.training), self.down) * self.scale  # r numbers a token are scaled, not O
+        wide = self.base(x)
+        return torch.addmm(wide.flatten(0, -2), small.flatten(0, -2), self.up.T).view(wide.shape)
 
 
 def add_lora(module: nn.Module, rank: int, alpha: float, dropout: float) -> None:

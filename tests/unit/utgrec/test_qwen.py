@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from harness.contract import ContractError
 from tests.unit.utgrec.encoders import PICTURES, TEXTS, TINY, picture, tiny
 from utgrec.tokenizer import qwen
-from utgrec.tokenizer.encoder import Encoder, EncoderBatch, make_encoder
+from utgrec.tokenizer.encoder import Encoder, EncoderBatch, groups_of_like_length, make_encoder
 from utgrec.tokenizer.lora import add_lora
 from utgrec.tokenizer.pictures import normalised
 from utgrec.tokenizer.qwen import choose_attention, load_qwen, rope_positions
@@ -64,6 +65,45 @@ def test_the_order_of_a_batch_is_of_no_account() -> None:
     encoder, order = tiny(), [4, 2, 0, 5, 3, 1]
     moved_BLD = states(encoder, [TEXTS[i] for i in order], [PICTURES[i] for i in order])
     assert torch.allclose(moved_BLD, states(encoder)[order], atol=1e-5)
+
+
+def test_rows_of_like_length_go_together_and_nothing_changes() -> None:
+    texts = [text * times for text, times in zip(TEXTS, (1, 9, 2, 1, 7, 3), strict=True)]
+    found = {}
+    for fee in (0, 30, np.inf):
+        encoder = tiny(text_tokens=256)
+        encoder.group_fee = fee
+        batch = encoder.collate(encoder.prompts(texts, PICTURES))
+        padded = sum((end - first) * length for first, end, length in batch.groups)
+        encoder.train()(batch).square().sum().backward()
+        grad = encoder.language.layers[0].mlp.up_proj.weight.grad
+        found[fee] = len(batch.groups), padded, states(encoder, texts), grad
+    lengths_B = batch.lengths_B
+    assert len(set(lengths_B.tolist())) == found[0][0] > found[30][0] > found[np.inf][0] == 1
+    assert found[0][1] == lengths_B.sum() < found[30][1] < found[np.inf][1] == len(texts) * lengths_B.max()
+    for fee in (0, 30):
+        assert (found[fee][2] - found[np.inf][2]).abs().max() < 1e-5
+        assert torch.allclose(found[fee][3], found[np.inf][3], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fee", [0.0, 5.0, 20.0])
+def test_no_other_cuts_pad_less(fee: float) -> None:
+    lengths_B = np.random.default_rng(3).integers(1, 40, 7)
+    order_B, groups = groups_of_like_length(lengths_B, fee)
+    sorted_B = np.sort(lengths_B)[::-1]
+    assert np.array_equal(lengths_B[order_B], sorted_B)
+    assert [first for first, *_ in groups] == [0, *(end for _, end, _ in groups[:-1])]
+    assert groups[-1][1] == len(lengths_B)
+    every = []
+    for cuts in itertools.product((False, True), repeat=6):
+        edges = [0, *(place + 1 for place, cut in enumerate(cuts) if cut), 7]
+        every.append(sum((end - first) * sorted_B[first] + fee for first, end in itertools.pairwise(edges)))
+    assert sum((end - first) * length + fee for first, end, length in groups) == min(every)
+
+
+def test_processes_that_must_keep_step_call_the_layers_once() -> None:
+    encoder = tiny(sharding="zero3")
+    assert len(encoder.collate(encoder.prompts(TEXTS, PICTURES)).groups) == 1
 
 
 def test_positions_are_those_of_transformers() -> None:
