@@ -7,7 +7,10 @@ output folder. It never sees a test target, and it never scores itself: only the
 This is the one module of the harness that a method can import. It needs numpy, pyarrow and the standard library, and
 it reads what methods write as hostile input (``read_predictions``, ``read_meta``).
 
-The protocol ``loo-v1``, for a user's history x_1..x_n, stands here once so that no method has to write it again:
+Two protocols say what is learned from and what is predicted. Each stands here once, so that no method has to write it again
+(``Domain.training_rows``, ``valid_inputs``, ``test_inputs``).
+
+``loo-v1``, leave one out, for a user's history x_1..x_n:
 
 =============  =======================  =========  ==========================================================
 part           input                    target     use
@@ -17,9 +20,26 @@ validation     x_1..x_(n-2)             x_(n-1)    stopping and selection only; 
 test           x_1..x_(n-1)             hidden     the predictions
 =============  =======================  =========  ==========================================================
 
+``time-v1``, one split for all by two moments, valid cut < test cut; an event at a cut's very moment lies after it:
+
+=============  ==========================================  ======================================  =======================
+part           input                                       target                                  users
+=============  ==========================================  ======================================  =======================
+training rows  the user's events before the target         each event before the valid cut but     all with two such events
+                                                           the user's first
+validation     all of the user's events before the         the user's first event at or after it   ``valid_users``
+               valid cut                                   and before the test cut
+test           all of the user's events before the test    hidden: the user's first event at or    ``test_users``
+               cut, so those between the cuts as well      after the test cut
+=============  ==========================================  ======================================  =======================
+
+What use is allowed of each part is the same. Under ``time-v1`` an input may be empty (a user who was not there before), and the
+items include some that nobody had before a cut.
+
 Inputs are cut to the last 20 items (``HISTORY``).
 
-Shape legend: U users, I items, R training rows, L history length, K list length.
+Shape legend: U users, V rows of validation or test, I items, R training rows, L history length, K list length. Under ``loo-v1``
+all users are validated and tested: V = U, row u = user u.
 """
 
 from __future__ import annotations
@@ -44,6 +64,9 @@ import pyarrow.parquet as pq
 
 SCHEMA = 1
 PROTOCOL = "loo-v1"
+"""The protocol of whatever does not name one."""
+TIME = "time-v1"
+PROTOCOLS = (PROTOCOL, TIME)
 K = 50
 HISTORY = 20
 EXIT_SKIPPED = 77
@@ -158,6 +181,8 @@ class Job:
         known = {f.name for f in dataclasses.fields(cls)} - {"started"}
         if unknown := set(raw) - known:
             raise ContractError(f"{path}: unknown keys {sorted(unknown)}; known are {sorted(known)}")
+        if (protocol := raw.get("protocol", PROTOCOL)) not in PROTOCOLS:
+            raise ContractError(f"{path}: protocol {protocol!r}, this contract knows {', '.join(PROTOCOLS)}")
         try:
             raw["domains"] = tuple(DomainRef(d["name"], Path(d["path"])) for d in raw["domains"])
             raw["inputs"] = {name: Path(p) for name, p in raw["inputs"].items()}
@@ -227,6 +252,22 @@ class Ragged:
         values[mask], values[ends] = self.values, column
         return Ragged(values, offsets)
 
+    def join(self, other: Ragged) -> Ragged:
+        """Every list with the list of ``other`` behind it."""
+        offsets = self.offsets + other.offsets
+        values = np.empty(offsets[-1], self.values.dtype)
+        first = np.zeros(len(values), bool)
+        first[np.repeat(other.offsets[:-1], self.lengths) + np.arange(len(self.values))] = True
+        values[first], values[~first] = self.values, other.values
+        return Ragged(values, offsets)
+
+    def take(self, rows: np.ndarray) -> Ragged:
+        """The lists ``rows``, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        index = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[index], offsets)
+
     def padded(self, length: int = HISTORY, *, pad: int = -1, left: bool = False) -> np.ndarray:
         """The last ``length`` values of every list as a matrix [lists, length], filled with ``pad`` at one side."""
         cut = self.last(length)
@@ -264,12 +305,23 @@ def integers(column: Any) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
+def _lists(column: Any) -> Ragged:
+    """A pyarrow column of lists of item numbers."""
+    try:
+        lists = column.combine_chunks()
+        offsets = integers(lists.offsets).astype(np.int64)
+    except AttributeError:
+        raise ContractError(f"a column of {column.type} where lists belong; prepare the domain again") from None
+    return Ragged(integers(lists.flatten()).astype(np.int32), offsets - offsets[0])
+
+
 @dataclass(frozen=True)
 class Domain:
     """The public part of a domain: all that a method may know.
 
-    ``train`` holds x_1..x_(n-2) of every user, ``valid`` x_(n-1). Users and items are numbered by a hash of their
-    source ids, so that a number says nothing about when something first appeared.
+    ``train`` holds the training part of every user [U lists] (``loo-v1``: x_1..x_(n-2)), ``valid`` the validation target of each of
+    ``valid_users`` [V] (``loo-v1``: x_(n-1) of every user). Users and items are numbered by a hash of their source ids, so that a
+    number says nothing about when something first appeared. ``_window`` and ``_tested`` are None under ``loo-v1``.
     """
 
     path: Path
@@ -279,6 +331,8 @@ class Domain:
     train: Ragged
     valid: np.ndarray
     info: dict[str, Any]
+    _window: Ragged | None = None
+    _tested: np.ndarray | None = None
 
     @classmethod
     def read(cls, path: Path | str) -> Domain:
@@ -287,21 +341,45 @@ class Domain:
         try:
             info = json.loads((path / "domain.json").read_text())
             table = read_columns(path / "users.parquet", ("user", "train", "valid"))
+            tested = read_columns(path / "users.parquet", ("test",)) if info.get("protocol") == TIME else None
         except (OSError, ValueError, KeyError) as error:
             raise ContractError(f"{path}: not the public part of a domain: {error}") from error
-        if info.get("protocol") != PROTOCOL:
-            raise ContractError(f"{path / 'domain.json'}: protocol {info.get('protocol')!r}, this contract knows {PROTOCOL!r}")
-        lists = table["train"].combine_chunks()
-        offsets = integers(lists.offsets).astype(np.int64)
-        train = Ragged(integers(lists.flatten()).astype(np.int32), offsets - offsets[0])
-        valid = integers(table["valid"]).astype(np.int32)
+        if info.get("protocol") not in PROTOCOLS:
+            raise ContractError(f"{path / 'domain.json'}: protocol {info.get('protocol')!r}, this contract knows {', '.join(PROTOCOLS)}")
+        train, window, tested_U = _lists(table["train"]), None, None
+        if tested is None:
+            valid = integers(table["valid"]).astype(np.int32)
+            in_step = len(valid) == int(info["counts"]["users"])
+        else:
+            window, tested_U = _lists(table["valid"]), integers(tested["test"]).astype(bool)
+            valid = window.values[window.offsets[:-1][window.lengths > 0]]
+            in_step = len(window) == int(info["counts"]["users"])
         n_users, n_items = int(info["counts"]["users"]), int(info["counts"]["items"])
-        if len(valid) != n_users or not np.array_equal(integers(table["user"]), np.arange(n_users)):
+        if not in_step or not np.array_equal(integers(table["user"]), np.arange(n_users)):
             raise ContractError(f"{path / 'users.parquet'}: its users are not 0..{n_users - 1} in order; prepare the domain again")
-        for values in (train.values, valid):
+        for values in (train.values, valid if window is None else window.values):
             if len(values) and (values.min() < 0 or values.max() >= n_items):
                 raise ContractError(f"{path / 'users.parquet'}: item numbers outside 0..{n_items - 1}; prepare the domain again")
-        return cls(path, info["name"], n_users, n_items, train, valid, info)
+        return cls(path, info["name"], n_users, n_items, train, valid, info, window, tested_U)
+
+    @property
+    def protocol(self) -> str:
+        return str(self.info.get("protocol", PROTOCOL))
+
+    @functools.cached_property
+    def window(self) -> Ragged:
+        """What lies between training and test [U lists]: events of validation, and part of the test inputs. The first is the target."""
+        return Ragged(self.valid, np.arange(self.n_users + 1)) if self._window is None else self._window
+
+    @functools.cached_property
+    def valid_users(self) -> np.ndarray:
+        """The numbers of the users that are validated, ascending [V]: one row each in ``valid``, ``valid_inputs`` and their lists."""
+        return np.flatnonzero(self.window.lengths)
+
+    @functools.cached_property
+    def test_users(self) -> np.ndarray:
+        """The numbers of the users to predict for, ascending [V]: one row each in ``test_inputs`` and the lists."""
+        return np.arange(self.n_users) if self._tested is None else np.flatnonzero(self._tested)
 
     @functools.cached_property
     def items(self) -> Any:
@@ -318,7 +396,7 @@ class Domain:
         return Pictures(self.path)
 
     def training_rows(self, history: int = HISTORY) -> tuple[Ragged, np.ndarray]:
-        """Every x_i with 2 <= i <= n-2 from its prefix: inputs (R lists, cut to ``history``) and targets [R].
+        """Every item of a training part but the first, from its prefix: inputs (R lists, cut to ``history``) and targets [R].
 
         Rows are ordered by user, then by i.
         """
@@ -333,12 +411,25 @@ class Domain:
         return Ragged(self.train.values[index], offsets), self.train.values[first + position]
 
     def valid_inputs(self, history: int = HISTORY) -> Ragged:
-        """x_1..x_(n-2) of every user, cut to the last ``history`` items. The target is ``valid``."""
-        return self.train.last(history)
+        """The training part of each of ``valid_users``, cut to the last ``history`` items. The target is ``valid``."""
+        inputs = self.train.last(history)
+        return inputs if self._window is None else inputs.take(self.valid_users)
 
     def test_inputs(self, history: int = HISTORY) -> Ragged:
-        """x_1..x_(n-1) of every user, cut to the last ``history`` items. The target is hidden."""
-        return self.train.append(self.valid).last(history)
+        """All that each of ``test_users`` did before the test, cut to the last ``history`` items. The target is hidden."""
+        if self._window is None:
+            return self.train.append(self.valid).last(history)
+        return self.train.join(self._window).last(history).take(self.test_users)
+
+    def popular(self, k: int) -> np.ndarray:
+        """The ``k`` items with the most training interactions [K], ties to the smaller number, -1 where there are fewer items.
+
+        What a method that needs an input gives to users who have none (``time-v1``).
+        """
+        order_I = np.argsort(-np.bincount(self.train.values, minlength=self.n_items), kind="stable")
+        list_K = np.full(k, -1, np.int32)
+        list_K[: min(k, self.n_items)] = order_I[:k]
+        return list_K
 
 
 class Pictures:
@@ -428,18 +519,28 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def write_predictions(job: Job, items_UK: np.ndarray, *, valid: bool = False) -> None:
-    """Write the ranked lists of all users, row u = user u, best first.
+def write_predictions(job: Job, items_VK: np.ndarray, *, valid: bool = False) -> None:
+    """Write the ranked lists, best first: row v is for the v-th of ``test_users`` (``loo-v1``: user v).
 
-    ``items_UK`` is [U, K] int; -1 is a spent slot (an invalid beam, say) and may stand anywhere. ``valid=True`` writes
-    the lists for the validation targets.
+    ``items_VK`` is [V, K] int; -1 is a spent slot (an invalid beam, say) and may stand anywhere. ``valid=True`` writes
+    the lists for the validation targets, row v for the v-th of ``valid_users``.
     """
-    items_UK = np.ascontiguousarray(items_UK, dtype=np.int32)
+    items_VK = np.ascontiguousarray(items_VK, dtype=np.int32)
+    users_V = np.arange(len(items_VK), dtype=np.int32)
+    if job.protocol != PROTOCOL:
+        domain = job.domain
+        users_V = (domain.valid_users if valid else domain.test_users).astype(np.int32)
+        if len(users_V) != len(items_VK):
+            raise ContractError(f"{len(items_VK)} lists for {len(users_V)} users; write one for each of domain.{_rows(valid)}, in order")
     path = job.output / (VALID_PREDICTIONS if valid else PREDICTIONS)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        np.savez_compressed(file, users=np.arange(len(items_UK), dtype=np.int32), items=items_UK)
+        np.savez_compressed(file, users=users_V, items=items_VK)
     os.replace(temporary, path)
+
+
+def _rows(valid: bool) -> str:
+    return "valid_users" if valid else "test_users"
 
 
 @dataclass
@@ -581,23 +682,28 @@ def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], fil
     return array
 
 
-def read_predictions(path: Path, n_users: int, n_items: int, k: int = K) -> np.ndarray:
-    """Read and check a method's predictions. Returns items [U, K] int32 in order of the user number.
+def read_predictions(path: Path, users: int | np.ndarray, n_items: int, k: int = K) -> np.ndarray:
+    """Read and check a method's predictions. Returns items [V, K] int32 in order of the user number.
+
+    ``users``: for whom there must be a list, by their numbers, ascending; a count is users 0..count - 1.
 
     Raises InvalidOutput: a file that is not regular, too large, not an npz of two integer arrays; a user missing or
     repeated; a wrong shape; an item out of range or twice in one list. Nothing is mended.
     """
     name = path.name
-    data = read_regular(path, n_users * (k + 1) * 8 + (1 << 16))
+    wanted_V = np.arange(users) if isinstance(users, int) else users
+    n_rows = len(wanted_V)
+    data = read_regular(path, n_rows * (k + 1) * 8 + (1 << 16))
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except Exception as error:  # zipfile raises many kinds for damaged headers
         raise InvalidOutput(f"{name} is not an npz archive ({error})") from error
     with archive:
-        users_U = _read_array(archive, "users", (n_users,), name)
-        items_UK = _read_array(archive, "items", (n_users, k), name)
-    if not np.array_equal(np.sort(users_U), np.arange(n_users)):
-        raise InvalidOutput(f"{name}: 'users' must hold every user 0..{n_users - 1} once")
+        users_U = _read_array(archive, "users", (n_rows,), name)
+        items_UK = _read_array(archive, "items", (n_rows, k), name)
+    if not np.array_equal(np.sort(users_U), wanted_V):
+        every = f"every user 0..{n_rows - 1}" if isinstance(users, int) else f"each of the {n_rows} users of this part"
+        raise InvalidOutput(f"{name}: 'users' must hold {every} once")
     outside = (items_UK < -1) | (items_UK >= n_items)
     if outside.any():
         user, slot = np.argwhere(outside)[0]
@@ -607,9 +713,7 @@ def read_predictions(path: Path, n_users: int, n_items: int, k: int = K) -> np.n
     if twice.any():
         user = int(np.argwhere(twice)[0, 0])
         raise InvalidOutput(f"{name}: item {ordered[user, 1:][twice[user]][0]} stands twice in the list of user {users_U[user]}")
-    result = np.empty((n_users, k), np.int32)
-    result[users_U] = items_UK
-    return result
+    return np.ascontiguousarray(items_UK[np.argsort(users_U, kind="stable")], dtype=np.int32)
 
 
 def read_meta(path: Path) -> Meta:

@@ -53,6 +53,8 @@ class MethodFile(Frozen):
     description: str = ""
     program: str = "run.py"
     needs: tuple[Need, ...] = ()
+    protocols: tuple[Literal["loo-v1", "time-v1"], ...] = Field(("loo-v1",), min_length=1)
+    """Under which it can run: it takes its rows from the contract, and under ``time-v1`` knows what to do with an empty input."""
     sources: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = (Stage(name="fit"),)
     configs: dict[str, dict[str, Any]]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from harness.contract import write_json
+from harness.contract import PROTOCOL, TIME, write_json
 from harness.values import ConfigError, Frozen, build
 
 SCHEMA = 1
@@ -60,13 +60,23 @@ class DomainCard(Frozen):
 
 
 class Protocol(Frozen):
-    version: str = "loo-v1"
+    version: str = PROTOCOL
     split: str = "leave-one-out: last = test, second last = validation"
     order: str = "timestamp, then original row order"
     history: int = 20
     history_mask: bool = False
     candidates: Literal["all"] = "all"
     k: int = 50
+
+
+PROTOCOLS = {
+    PROTOCOL: Protocol(),
+    TIME: Protocol(
+        version=TIME,
+        split="two global cuts: the first event of a user after the test cut = test, the first between the cuts = validation",
+    ),
+}
+"""What a record says of each protocol. A record that names none was made under ``loo-v1``."""
 
 
 class BudgetUsed(Frozen):

@@ -11,7 +11,7 @@ from typing import Any
 
 from harness import provenance, score
 from harness import record as records
-from harness.contract import PREDICTIONS, VALID_PREDICTIONS, ContractError, Domain, InvalidOutput
+from harness.contract import PREDICTIONS, PROTOCOL, VALID_PREDICTIONS, ContractError, Domain, InvalidOutput
 from harness.execute.stage import StageFolder
 from harness.method import Method
 from harness.paths import Paths
@@ -36,7 +36,8 @@ class Reporter:
         return public, score.targets_digest(score.read_targets(self._paths.private(name), public))
 
     def score_key(self, run: PlannedRun) -> str:
-        return score.score_key(run.fit_key, self._domain(run.domain)[1])
+        public, targets = self._domain(run.domain)
+        return score.score_key(run.fit_key, targets, public.protocol)
 
     def record(self, run: PlannedRun, results: list[dict[str, Any]], end: dict[str, Any]) -> Record:
         """The record of a run whose last stage came to ``end``. Scores it if all stages are ok.
@@ -60,6 +61,7 @@ class Reporter:
             run=records.Run(id=run.id, fit_key=run.fit_key, score_key=score_key, stage_keys={s.name: s.key for s in run.stages}),
             method=self._method(run),
             domain=_card(info),
+            protocol=records.PROTOCOLS[info.get("protocol", PROTOCOL)],
             seed=run.seed,
             budget=records.BudgetUsed(seconds=run.budget.seconds, memory=run.budget.memory, threads=run.budget.threads),
             status=records.Status(
@@ -75,7 +77,7 @@ class Reporter:
             slices=scored.slices if scored else {},
             behaviour=(meta.get("extra") or {}) | (scored.behaviour if scored else {}),
             training=records.Training(**{name: meta[name] for name in records.Training.model_fields if name in meta}),
-            cost=_cost(run, results, int(info["counts"]["users"])),
+            cost=_cost(run, results, int(info["counts"].get("test_users", info["counts"]["users"]))),
             environment=self._where(results),
             provenance=self._provenance(results),
             artefacts=tuple(records.Artefact(**output) for output in end.get("outputs", [])),

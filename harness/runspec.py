@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+from harness.contract import PROTOCOL
 from harness.values import Frozen
 
 
@@ -60,6 +61,7 @@ class Plan(Frozen):
     runs: tuple[PlannedRun, ...]
     metrics: tuple[str, ...] = ("recall_at_5", "recall_at_10", "ndcg_at_5", "ndcg_at_10")
     """The metrics that its tables show; records hold all."""
+    protocol: str = PROTOCOL
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -309,6 +309,7 @@ class Scheduler:
             budget=Budget(**run.budget.model_dump()),
             device=run.device,
             precision=run.precision,
+            protocol=self.plan.protocol,
         )
         return StageTask(folder=folder, job=job, method=method, python=self._pythons[run.method], lock=lock, gpu=slot.gpu)
 

@@ -4,7 +4,8 @@ Only the harness comes here. A method's files are read as hostile input (``contr
 follow the contract raises ``contract.InvalidOutput``, nothing is mended. Per-user ranks are the answers in another
 form, so ``write_ranks`` keeps them unreadable to anyone but the harness's own user.
 
-All users are scored; every slice says how many users it holds, and one without users holds no metric.
+All users that the protocol tests are scored (``Domain.test_users``: under ``loo-v1`` everybody); every slice says how many users it
+holds, and one without users holds no metric. Legend: U tested users.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ ORACLE = "oracle.npz"
 POPULARITY_BINS = ((0, 20), (20, 40), (40, 60), (60, 80), (80, 100), (100, None))
 """Training interactions of the target, from, to (exclusive): the bins of the papers' long-tail figures."""
 HISTORY_BINS = ((2, 5), (6, 10), (11, 20), (21, None))
-"""Items of the test input before it is cut to 20, from, to (inclusive). A history has at least three, so an input two."""
+"""Items of the test input before it is cut to 20, from, to (inclusive). Under ``loo-v1`` a history has at least three, so an input two."""
+SHORT_BINS = ((0, 0), (1, 1))
+"""The bins below them, under ``time-v1`` only: users who were not there before the test cut, or once."""
 SHARES = (("head", 50), ("mid", 80), ("tail", 100))
 """Percent of training interactions at which each group of items ends, most popular item first."""
 
@@ -49,10 +52,10 @@ class Scored:
 def score(predictions: Path, valid_predictions: Path | None, public: contract.Domain, private: Path) -> Scored:
     """Score one run. Raises InvalidOutput for what the method wrote, ContractError for a broken domain."""
     targets_U = read_targets(private, public)
-    items_UK = contract.read_predictions(predictions, public.n_users, public.n_items)
+    items_UK = contract.read_predictions(predictions, public.test_users, public.n_items)
     valid_metrics = {}
     if valid_predictions is not None:
-        valid_UK = contract.read_predictions(valid_predictions, public.n_users, public.n_items)
+        valid_UK = contract.read_predictions(valid_predictions, public.valid_users, public.n_items)
         valid_metrics = metrics.means(metrics.ranks(valid_UK, public.valid))
     ranks_U = metrics.ranks(items_UK, targets_U)
     coverage = metrics.coverage(items_UK, public.n_items)
@@ -77,7 +80,7 @@ def oracle_metrics(public: contract.Domain, private: Path) -> dict[str, float] |
 
 
 def read_targets(private: Path, public: contract.Domain) -> np.ndarray:
-    """The test target of every user [U] int32. Raises ContractError unless each user of the domain has exactly one."""
+    """The test target of every tested user [U] int32. Raises ContractError unless each of them has exactly one, and nobody else has."""
     path = private / TARGETS
     _check_pair(private / "private.json", public)
     try:
@@ -85,16 +88,16 @@ def read_targets(private: Path, public: contract.Domain) -> np.ndarray:
         users_U, targets_U = (contract.integers(table[name]).astype(np.int64) for name in ("user", "target"))
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from ValueError and KeyError
         raise contract.ContractError(f"{path}: cannot be read: {error}; prepare the domain again") from error
-    if not np.array_equal(np.sort(users_U), np.arange(public.n_users)):
+    if not np.array_equal(np.sort(users_U), public.test_users):
+        everybody = len(public.test_users) == public.n_users
+        whom = f"user of 0..{public.n_users - 1}" if everybody else f"of the {len(public.test_users):,} test users"
         raise contract.ContractError(
-            f"{path}: {len(np.unique(users_U)):,} users in {len(users_U):,} rows, but it must hold each user of 0..{public.n_users - 1}"
-            " once; prepare the domain again"
+            f"{path}: {len(np.unique(users_U)):,} users in {len(users_U):,} rows, but it must hold each {whom} once;"
+            " prepare the domain again"
         )
     if ((targets_U < 0) | (targets_U >= public.n_items)).any():
         raise contract.ContractError(f"{path}: targets outside 0..{public.n_items - 1}; prepare the domain again")
-    result = np.empty(public.n_users, np.int32)
-    result[users_U] = targets_U
-    return result
+    return targets_U[np.argsort(users_U)].astype(np.int32)
 
 
 def _check_pair(path: Path, public: contract.Domain) -> None:
@@ -135,8 +138,9 @@ def slices(ranks_U: np.ndarray, targets_U: np.ndarray, public: contract.Domain) 
     """
     counts_I = np.bincount(public.train.values, minlength=public.n_items)
     popularity_U = counts_I[targets_U]
-    inputs_U = public.train.lengths + 1
-    if len(inputs_U) and inputs_U.min() < HISTORY_BINS[0][0]:
+    inputs_U = (public.train.lengths + public.window.lengths)[public.test_users]
+    bins: Sequence[tuple[int, int | None]] = HISTORY_BINS if public.protocol == contract.PROTOCOL else (*SHORT_BINS, *HISTORY_BINS)
+    if len(inputs_U) and inputs_U.min() < bins[0][0]:
         raise contract.ContractError(f"{public.path}: a user with fewer than three interactions; prepare the domain again")
     share_U = popularity_share(counts_I)[targets_U]
     members = {
@@ -145,10 +149,7 @@ def slices(ranks_U: np.ndarray, targets_U: np.ndarray, public: contract.Domain) 
         },
         "popularity_share": {name: share_U == group for group, (name, _) in enumerate(SHARES)},
         "warm_cold": {"warm": popularity_U > 0, "cold": popularity_U == 0},
-        "history_length": {
-            f"{low}-{high}" if high else f">{low - 1}": _between(inputs_U, low, None if high is None else high + 1)
-            for low, high in HISTORY_BINS
-        },
+        "history_length": {_bin_name(low, high): _between(inputs_U, low, None if high is None else high + 1) for low, high in bins},
     }
     values = metrics.per_user(ranks_U)
     return {kind: {name: _slice(values, mask_U) for name, mask_U in masks.items()} for kind, masks in members.items()}
@@ -166,6 +167,10 @@ def popularity_share(counts_I: np.ndarray) -> np.ndarray:
     groups = np.empty(len(counts_I), np.int8)
     groups[order] = np.searchsorted(np.array(ends) * counts_I.sum(), before * 100, side="right")
     return groups
+
+
+def _bin_name(low: int, high: int | None) -> str:
+    return f">{low - 1}" if high is None else f"{low}" if low == high else f"{low}-{high}"
 
 
 def _between(values: np.ndarray, low: int, high: int | None) -> np.ndarray:

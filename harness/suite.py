@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from harness.contract import PROTOCOL
+from harness.contract import PROTOCOL, TIME
 from harness.method import Config, Method, contract_hash
 from harness.paths import Paths
 from harness.runspec import Budget, Plan, PlannedRun, PlannedStage, derived_seed, run_id
@@ -61,6 +61,8 @@ class Suite(Frozen):
     budget: BudgetFile
     metrics: tuple[str, ...] = Field(("recall_at_5", "recall_at_10", "ndcg_at_5", "ndcg_at_10"), min_length=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    protocol: Literal["loo-v1", "time-v1"] = "loo-v1"
+    """Of all its domains: results under different protocols never stand in one table."""
     simulate: Simulate | None = None
     run: tuple[Entry, ...] = Field(min_length=1)
 
@@ -109,9 +111,17 @@ def read_domain_info(paths: Paths, name: str) -> dict[str, Any]:
 class KeyMaker:
     """Fit keys of stages. Holds what all runs of a plan share: contract, environment, device class."""
 
-    def __init__(self, paths: Paths, methods: dict[str, Method], environment: dict[str, str], device: str, precision: str):
-        self._paths = paths
-        self._shared = {"contract": contract_hash(), "device": device, "precision": precision, "protocol": PROTOCOL}
+    def __init__(
+        self,
+        paths: Paths,
+        methods: dict[str, Method],
+        environment: dict[str, str],
+        device: str,
+        precision: str,
+        protocol: str = PROTOCOL,
+    ):
+        self._paths, self._protocol = paths, protocol
+        self._shared = {"contract": contract_hash(), "device": device, "precision": precision, "protocol": protocol}
         self._environment = environment
         self._sources = {name: method.source_hash(paths.project) for name, method in methods.items()}
         self._infos: dict[str, dict[str, Any]] = {}
@@ -121,7 +131,10 @@ class KeyMaker:
 
     def info(self, domain: str) -> dict[str, Any]:
         if domain not in self._infos:
-            self._infos[domain] = read_domain_info(self._paths, domain)
+            info = read_domain_info(self._paths, domain)
+            if (found := info.get("protocol", PROTOCOL)) != self._protocol:
+                raise ConfigError(_other_protocol(domain, found, self._protocol))
+            self._infos[domain] = info
         return self._infos[domain]
 
     def stages(
@@ -151,9 +164,17 @@ class KeyMaker:
         return tuple(planned)
 
 
+def _other_protocol(domain: str, found: str, wanted: str) -> str:
+    by_time = " (`harness data prepare RAW CATEGORY --protocol time-v1` makes them, named CATEGORY_time)" if wanted == TIME else ""
+    return (
+        f"domain {domain!r} was prepared under the protocol {found}, and the suite's is {wanted}: results of both in one table would be"
+        f" compared. Name domains of {wanted}{by_time}, or put the others into a suite of their own with protocol = {found!r}"
+    )
+
+
 def make_plan(suite: Suite, paths: Paths, methods: dict[str, Method], environment: dict[str, str], device: str) -> Plan:
     """All runs of a suite. Raises ConfigError for a method, configuration or domain that does not exist."""
-    keys = KeyMaker(paths, methods, environment, device, suite.precision)
+    keys = KeyMaker(paths, methods, environment, device, suite.precision, suite.protocol)
     runs: list[PlannedRun] = []
     for entry in (*suite.run, *_joining(suite, methods)):
         if entry.method not in methods:
@@ -169,7 +190,7 @@ def make_plan(suite: Suite, paths: Paths, methods: dict[str, Method], environmen
     ids = [run.id for run in runs]
     if repeated := {i for i in ids if ids.count(i) > 1} if len(set(ids)) < len(ids) else set():
         raise ConfigError(f"suite {suite.name}: planned twice: {', '.join(sorted(repeated))}; take one of the entries out")
-    return Plan(suite=suite.name, title=suite.title, runs=tuple(runs), metrics=suite.metrics)
+    return Plan(suite=suite.name, title=suite.title, runs=tuple(runs), metrics=suite.metrics, protocol=suite.protocol)
 
 
 def _joining(suite: Suite, methods: dict[str, Method]) -> list[Entry]:
@@ -209,13 +230,15 @@ def _plan_run(
         budget=budget,
         device=device,
         precision=suite.precision,
-        missing=_missing_need(config, keys.info(domain), suite, device),
+        missing=_missing_need(method, config, keys.info(domain), suite, device),
     )
 
 
-def _missing_need(config: Config, info: dict[str, Any], suite: Suite, device: str) -> str:
+def _missing_need(method: Method, config: Config, info: dict[str, Any], suite: Suite, device: str) -> str:
     """Why a run cannot start here, or an empty string."""
     has = info.get("has", {})
+    if suite.protocol not in method.file.protocols:
+        return f"cannot be run under {suite.protocol}; its method.toml says protocols = {list(method.file.protocols)}"
     if "text" in config.needs and has.get("text", 1) == 0:
         return f"needs item text; {info['name']} has none"
     if "pictures" in config.needs and has.get("pictures", 1) == 0:

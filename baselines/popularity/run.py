@@ -2,7 +2,7 @@
 
 In: one domain. Out: one list of K items, repeated for all users. Ties go to the smaller item number.
 
-Legend: U users, I items, K list length.
+Legend: U tested users, V validated users (under loo-v1 both are everybody), I items, K list length.
 """
 
 import time
@@ -21,15 +21,16 @@ def fit(job: Job) -> None:
 
     list_K = np.full(job.k, -1, np.int32)  # a catalogue smaller than K leaves spent slots
     list_K[: min(job.k, domain.n_items)] = order_I[: job.k]
-    items_UK = np.broadcast_to(list_K, (domain.n_users, job.k))
+    items_UK = np.broadcast_to(list_K, (len(domain.test_users), job.k))
     predicted = time.perf_counter()
+    items_VK = np.broadcast_to(list_K, (len(domain.valid_users), job.k))
 
     write_predictions(job, items_UK)
-    write_predictions(job, items_UK, valid=True)
+    write_predictions(job, items_VK, valid=True)
     Meta(
         timings={"fit": fitted - start, "predict": predicted - fitted},
         parameters=domain.n_items,
-        best_valid=ndcg_at_10(items_UK, domain.valid),
+        best_valid=ndcg_at_10(items_VK, domain.valid),
         stopped_by="closed form",
     ).write(job)
 

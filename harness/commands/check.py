@@ -8,6 +8,7 @@ method could see (``harness/data/canary.py``).
 from __future__ import annotations
 
 import ast
+import functools
 import secrets
 import tempfile
 import time
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness import provenance
-from harness.contract import PREDICTIONS, Domain, read_predictions
+from harness.contract import PREDICTIONS, PROTOCOL, Domain, read_predictions
 from harness.environments import pythons
 from harness.execute.local import LocalExecutor
 from harness.method import Method, find_methods, hash_tree, list_files, load_method
@@ -71,12 +72,12 @@ class Laboratory:
 
         simulate(self._paths.data, seed=11, users=300, items=120, categories=("Musical_Instruments", "Software"))
 
-    def canary(self, kind: str) -> str:
+    def canary(self, kind: str, protocol: str = PROTOCOL) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""
         from harness.data.canary import canary
 
         name = f"domain_{secrets.token_hex(3)}"
-        canary(self._paths.data / name, kind=kind, entropy=secrets.randbits(128))
+        canary(self._paths.data / name, kind=kind, entropy=secrets.randbits(128), protocol=protocol)
         return name
 
     def public(self, domain: str) -> Path:
@@ -98,14 +99,16 @@ class Laboratory:
             raise CheckFailed(f"{record.status.state}: {record.status.reason}\n{tail}".strip())
         public = Domain.read(paths.public(domain))
         out = stage_folder(paths, run.method, run.stages[-1]).out
-        return Trial(record, read_predictions(out / PREDICTIONS, public.n_users, public.n_items), public)
+        return Trial(record, read_predictions(out / PREDICTIONS, public.test_users, public.n_items), public)
 
     def _plan(self, paths: Paths, domain: str, seconds: float) -> Plan:
+        protocol = Domain.read(paths.public(domain)).protocol
         suite = Suite(
             name="check",
             title="Check",
             domains=(domain,),
-            pretrain=(PRETRAIN,),
+            pretrain=(PRETRAIN,) if protocol == PROTOCOL else (),
+            protocol=protocol,
             seeds=1,
             budget=BudgetFile(seconds=seconds, grace=180, memory_gib=8, disk_gib=4, threads=1),
             run=(Entry(method=self._method.name, configs=(self._config,)),),
@@ -192,8 +195,10 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
     yield "writes nowhere else", stray
     yield "keeps a small budget", lambda: _keeps_budget(laboratory.run(TARGET, "hurried", SMALL_BUDGET))
     if not quick:
-        yield "does not see the test targets", lambda: _canary(laboratory, "canary")
-        yield "does not train on validation items", lambda: _canary(laboratory, "canary_valid")
+        for protocol in method.file.protocols:
+            under = "" if protocol == PROTOCOL else f", {protocol}"
+            yield f"does not see the test targets{under}", functools.partial(_canary, laboratory, "canary", protocol)
+            yield f"does not train on validation items{under}", functools.partial(_canary, laboratory, "canary_valid", protocol)
 
 
 def _need(first: list[Trial]) -> Trial:
@@ -269,10 +274,10 @@ def _keeps_budget(trial: Trial) -> str:
     return f"trained {spent:.1f} s of {SMALL_BUDGET:.0f} s, stopped by {record.training.stopped_by}"
 
 
-def _canary(laboratory: Laboratory, kind: str) -> str:
+def _canary(laboratory: Laboratory, kind: str, protocol: str = PROTOCOL) -> str:
     from harness.data.canary import bound
 
-    name = laboratory.canary(kind)
+    name = laboratory.canary(kind, protocol)
     trial = laboratory.run(name, name)
     limit = bound(laboratory.public(name), kind=kind, k=10)
     seen = trial.record.metrics["recall_at_10"].mean

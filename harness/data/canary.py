@@ -1,7 +1,9 @@
 """Canary domains: does a method see test targets, or train on validation items?
 
 In: a folder and fresh entropy. Out: a domain with 4,000 users and 500 items, with text and pictures, whose name says nothing,
-and the value that an honest method does not exceed.
+and the value that an honest method does not exceed. Both exist under both protocols: under ``time-v1`` the last item lies after the
+test cut and the one before it between the cuts. There some users of ``canary`` have no validation item, some no test item, and some
+nothing but a test item, so that it also proves which users a method writes lists for.
 
 ``canary``         The test item of every user is uniform over the items outside the user's history. Nothing that a method may see
                    says anything about it: hits@k of any honest method follow Binomial(4000, p) with p at most
@@ -27,10 +29,11 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.contract import Domain
+from harness.contract import PROTOCOL, TIME, Domain
 from harness.data.domain import write_domain
 from harness.data.simulate import COLOURS, THEME_WORDS, product_picture
 from harness.data.source import DataError, DomainSummary, SourceDomain, ragged
+from harness.data.split import Cuts
 
 USERS = 4000
 ITEMS = 500
@@ -51,7 +54,16 @@ class Bound:
     recall: float
 
 
-def canary(folder: Path, *, kind: str, entropy: int, users: int = USERS, items: int = ITEMS, pictures: bool = True) -> DomainSummary:
+def canary(
+    folder: Path,
+    *,
+    kind: str,
+    entropy: int,
+    users: int = USERS,
+    items: int = ITEMS,
+    pictures: bool = True,
+    protocol: str = PROTOCOL,
+) -> DomainSummary:
     """Write a canary domain to ``folder``. ``entropy``: take it from ``secrets.randbits(128)`` and tell no method.
 
     The name in ``domain.json`` is drawn from the entropy and is the same sort of name for both kinds. Methods see the path of
@@ -70,18 +82,36 @@ def canary(folder: Path, *, kind: str, entropy: int, users: int = USERS, items: 
         train = np.argsort(rng.random((users, items)), axis=1)[:, :TRAIN]
         valid = follows[train[:, -1]]
         histories = np.column_stack([train, valid, follows[valid]])
+    lists, times = histories.tolist(), None
+    if protocol == TIME:
+        lists, times = _at_times(histories, uneven=kind == "canary")
     ids = [f"{value:012x}" for value in rng.choice(1 << 40, users + items, replace=False)]
     words = " ".join(THEME_WORDS).split()
     titles = [" ".join(words[word] for word in rng.integers(0, len(words), 5)).title() for _ in range(items)]
     source = SourceDomain(
         user_ids=ids[items:],
-        sequences=ragged(histories.tolist()),
+        sequences=ragged(lists),
         item_ids=ids[:items],
         columns={"title": titles},
+        times=times,
         source={"format": kind},
     )
     drawn = {item: product_picture(COLOURS[int(rng.integers(len(COLOURS)))], rng) for item in ids[:items]} if pictures else None
-    return write_domain(folder, source, name=name, pictures=drawn, simulated=True)
+    return write_domain(folder, source, name=name, pictures=drawn, simulated=True, cuts=CUTS if protocol == TIME else None)
+
+
+CUTS = Cuts(valid=TRAIN, test=TRAIN + 1)
+"""The i-th item of a canary's history is of the time i."""
+
+
+def _at_times(histories: np.ndarray, uneven: bool) -> tuple[list[list[int]], np.ndarray]:
+    """Every history as a list, and the times of them all. ``uneven``: of every eight users one has no validation item, one no test
+    item, and one a test item only."""
+    kept = np.ones(histories.shape, bool)
+    if uneven:
+        kept[5::8, TRAIN], kept[6::8, TRAIN + 1], kept[7::8, : TRAIN + 1] = False, False, False
+    lists = [row[mask].tolist() for row, mask in zip(histories, kept, strict=True)]
+    return lists, np.nonzero(kept)[1].astype(np.int64)
 
 
 def bound(public: Path, *, kind: str, k: int = 10) -> Bound:
@@ -89,14 +119,14 @@ def bound(public: Path, *, kind: str, k: int = 10) -> Bound:
     items (``canary_valid``)."""
     domain = Domain.read(public)
     if kind == "canary":
-        known = int(domain.train.lengths.max()) + 1
-        chance, groups, alpha = k / (domain.n_items - known), np.ones(domain.n_users, np.int64), FALSE_ALARM
+        known = int(domain.test_inputs().lengths.max())
+        chance, groups, alpha = k / (domain.n_items - known), np.ones(len(domain.test_users), np.int64), FALSE_ALARM
     elif kind == "canary_valid":
         chance, groups = k / (domain.n_items - 2), np.bincount(domain.valid)
         alpha = FALSE_ALARM / EVALUATIONS
     else:
         raise DataError(f"unknown canary {kind!r}; known are {', '.join(KINDS)}")
-    return Bound(k, chance, most_hits(groups, chance, alpha) / domain.n_users)
+    return Bound(k, chance, most_hits(groups, chance, alpha) / len(domain.test_users))
 
 
 def most_hits(groups: np.ndarray, chance: float, alpha: float) -> int:

@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.contract import Domain, Ragged, read_columns
+from harness.contract import PROTOCOL, Domain, Ragged, read_columns
 from harness.data import expected
 from harness.data.domain import Private, list_domains, read_private, read_summary
 from harness.data.source import DataError, DomainSummary
 from harness.score import SHARES, popularity_share
 
 BINS = (("2-5", 2, 5), ("6-10", 6, 10), ("11-20", 11, 20), (">20", 21, 1 << 30))
+SHORT_BINS = (("0", 0, 0), ("1", 1, 1))
+"""Under ``time-v1`` only, as in the slices of a record."""
 WORDS = (0, 1, 5, 10, 20, 50, 100, 200, 500, 1000, 1 << 30)
 """Borders of the bins of text lengths; the first is no text at all."""
 
@@ -43,15 +45,17 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Card:
-    """``history`` is about test inputs (x_1..x_(n-1)). Of the targets, ``cold_targets`` are without any training interaction,
-    ``repeated_targets`` stand in their user's history already, ``targets_by_seen_transition`` follow their user's last item (x_(n-1))
+    """``history`` is about test inputs (``loo-v1``: x_1..x_(n-1)). Of the targets, ``cold_targets`` are without any training interaction,
+    ``repeated_targets`` stand in their user's history already, ``targets_by_seen_transition`` follow the last item of their input
     also somewhere in the training part. ``popularity``: items holding the first 50, next 30, last 20 % of the training interactions.
-    ``dates``: of the first and the last interaction and target. ``dropped`` says why items have no picture. ``series`` is for plots."""
+    ``dates``: of the first and the last interaction and target. ``cuts``: where ``time-v1`` splits (UTC). ``dropped`` says why items
+    have no picture. ``series`` is for plots."""
 
     name: str
     digest: str
     release: str | None
     protocol: str
+    cuts: dict[str, str]
     simulated: bool
     counts: dict[str, int]
     density: float
@@ -80,9 +84,14 @@ class Card:
         return asdict(self)
 
     def share(self, key: str) -> float:
-        """A count of targets as a share of the users, of items as a share of the items."""
-        of = self.counts["items" if key.startswith("items") else "users"]
+        """A count of targets as a share of the tested users, of items as a share of the items."""
+        of = self.counts["items"] if key.startswith("items") else self.tested
         return float(getattr(self, key)) / of if of else 0.0
+
+    @property
+    def tested(self) -> int:
+        """How many users are tested: each has one target."""
+        return self.counts.get("test_users", self.counts["users"])
 
 
 def make_card(folder: Path, neighbours: Sequence[DomainSummary] = ()) -> Card:
@@ -91,20 +100,22 @@ def make_card(folder: Path, neighbours: Sequence[DomainSummary] = ()) -> Card:
     domain = Domain.read(folder / "public")
     private = read_private(folder)
     trained = np.bincount(domain.train.values, minlength=domain.n_items)
-    inputs = domain.train.append(domain.valid)
+    inputs = domain.test_inputs(int(1e9))
     lengths = inputs.lengths
-    owner = np.repeat(np.arange(domain.n_users), lengths)
+    owner = np.repeat(np.arange(len(inputs)), lengths)
     repeated = np.unique(owner[inputs.values == private.targets[owner]])
     words = np.array([len(text.split()) for text in domain.texts])
     texts = words[words > 0]
-    wanted = expected.expected_card(summary.name)
+    wanted = expected.expected_card(summary.name, summary.protocol)
     differences = expected.differences(summary.counts, wanted)
+    bins = BINS if summary.protocol == PROTOCOL else (*SHORT_BINS, *BINS)
     moments = _moments(private)
     return Card(
         name=summary.name,
         digest=summary.digest,
         release=summary.release,
-        protocol=domain.info["protocol"],
+        protocol=summary.protocol,
+        cuts={name: _moment(int(time), private) for name, time in domain.info.get("cuts", {}).items()},
         simulated=summary.simulated,
         counts=summary.counts,
         density=summary.counts["interactions"] / (domain.n_users * domain.n_items),
@@ -115,12 +126,12 @@ def make_card(folder: Path, neighbours: Sequence[DomainSummary] = ()) -> Card:
             "mean": float(lengths.mean()),
             "longest": int(lengths.max()),
         },
-        history_bins={name: int(((lengths >= low) & (lengths <= high)).sum()) for name, low, high in BINS},
+        history_bins={name: int(((lengths >= low) & (lengths <= high)).sum()) for name, low, high in bins},
         popularity=_popularity(trained),
         dates={name: _day(value) for name, value in moments.items()},
         cold_targets=int((trained[private.targets] == 0).sum()),
         repeated_targets=len(repeated),
-        targets_by_seen_transition=seen_transitions(domain.train, domain.valid, private.targets, domain.n_items),
+        targets_by_seen_transition=seen_transitions(domain.train, inputs.padded(1)[:, 0], private.targets, domain.n_items),
         items_in_training=int((trained > 0).sum()),
         items_without_training=int((trained == 0).sum()),
         items_with_text=len(texts),
@@ -137,17 +148,19 @@ def make_card(folder: Path, neighbours: Sequence[DomainSummary] = ()) -> Card:
 
 
 def neighbours_of(folder: Path) -> list[DomainSummary]:
-    """The domains beside it that are of the same kind: the same release, and simulated or not."""
+    """The domains beside it that are of the same kind: the same release and protocol, and simulated or not."""
     mine = read_summary(folder)
     return [
         other
         for other in list_domains(folder.parent)
-        if not other.problem and (other.release, other.simulated) == (mine.release, mine.simulated) and other.name != mine.name
+        if not other.problem
+        and (other.release, other.protocol, other.simulated) == (mine.release, mine.protocol, mine.simulated)
+        and other.name != mine.name
     ]
 
 
 def facts(folder: Path) -> expected.Facts:
-    """What tells how a written domain was made."""
+    """What tells how a written ``loo-v1`` domain was made."""
     domain, private = Domain.read(folder / "public"), read_private(folder)
     histories = domain.train.append(domain.valid).append(private.targets)
     return expected.facts_of(histories, private.user_ids, private.item_ids, private.info.get("dropped", {}))
@@ -156,13 +169,13 @@ def facts(folder: Path) -> expected.Facts:
 def require_expected(folder: Path) -> None:
     """Raise DataError if the domain does not have the counts of its card."""
     summary = read_summary(folder)
-    if expected.differences(summary.counts, expected.expected_card(summary.name)):
+    if expected.differences(summary.counts, expected.expected_card(summary.name, summary.protocol)):
         wrong = expected.problem(summary.name, summary.counts, facts(folder))
         raise DataError(f"{summary.path} is not what a domain of this name must be: {wrong}. Make it again, or give it another name")
 
 
 def seen_transitions(train: Ragged, last_U: np.ndarray, target_U: np.ndarray, n_items: int) -> int:
-    """How many targets follow their user's last item also in the training part of somebody (adjacent pairs)."""
+    """How many targets follow their user's last item (-1: there is none) also in the training part of somebody (adjacent pairs)."""
     inside = np.ones(len(train.values), bool)
     inside[train.offsets[1:][train.lengths > 0] - 1] = False
     first = np.flatnonzero(inside)
@@ -186,6 +199,12 @@ def _unit(times: np.ndarray) -> int:
 
 def _day(time: float) -> str:
     return (datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=float(time))).date().isoformat()
+
+
+def _moment(time: int, private: Private) -> str:
+    """A moment in the unit of the domain's times, to the second."""
+    unit = _unit(private.times) if private.times is not None else 1
+    return (datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=time // unit)).isoformat(" ") + " UTC"
 
 
 def _all_times(private: Private) -> np.ndarray:

@@ -41,6 +41,12 @@ def counts_rows(card: Card) -> Iterator[Row]:
         wrong = any(line.startswith(f"{key}:") for line in card.differences)
         yield Row(key, f"{card.counts[key]:,}", wanted and f"{wanted} {'✗' if wrong else '✓'}", wrong)
     yield Row("training interactions", f"{card.counts['train_interactions']:,}")
+    for part, what in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        if f"{part}_users" in card.counts:
+            count = card.counts[f"{part}_users"]
+            yield Row(f"users in {what}", f"{count:,}", share(count / card.counts["users"]))
+    for part, moment in card.cuts.items():
+        yield Row("validation from" if part == "valid" else f"{part} from", moment)
     yield Row("interactions a user", f"{card.counts['interactions'] / card.counts['users']:.2f}")
     yield Row("density", share(card.density))
     yield Row("ties in time", share(card.tie_rate))
@@ -66,7 +72,7 @@ def facts_rows(card: Card) -> Iterator[Row]:
             beside += f" (published {100 * value:g} %)" if isinstance(value, float) else f" (published {value:,})"
         yield Row(what, f"{getattr(card, key):,}", beside)
     for name, count in card.history_bins.items():
-        yield Row(f"histories of {name} items", f"{count:,}", share(count / card.counts["users"]))
+        yield Row(f"histories of {name} items", f"{count:,}", share(count / card.tested))
     for name, count in card.popularity.items():
         yield Row(f"{name} items", f"{count:,}", share(count / card.counts["items"]))
 
@@ -103,7 +109,7 @@ def spark(values: list[int], width: int = 48) -> str:
 
 def show(card: Card, console: Console) -> None:
     name = f"{card.name}{' (SIMULATED)' if card.simulated else ''}"
-    title = f"{escape(name)}   release {card.release or DASH}   digest {card.digest[:12]}"
+    title = f"{escape(name)}   release {card.release or DASH}   protocol {escape(card.protocol)}   digest {card.digest[:12]}"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("what")
     table.add_column("value", justify="right")

@@ -210,8 +210,11 @@ def model(
 def prepare(
     raw: Annotated[Path, typer.Argument(help="Folder with meta_categories/, and review_categories/ or benchmark/, as fetched.")],
     category: Annotated[str, typer.Argument(help="Musical_Instruments, Video_Games, ..., or paper: all nine of the paper.")],
-    name: Annotated[str | None, typer.Argument(help="Name of the domain. Default: the category in small letters.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the domain. Default: the category in small letters; with time-v1, _time behind it.")
+    ] = None,
     route: Annotated[str, typer.Option(help="auto, raw, last-out, or both: prepare on both routes and refuse a difference.")] = "auto",
+    protocol: Annotated[str, typer.Option(help="loo-v1: leave one out; time-v1: the authors' two cuts in time.")] = "loo-v1",
     replace: Replace = False,
     root: Root = None,
 ) -> None:
@@ -220,6 +223,9 @@ def prepare(
     Two routes lead to the same domain: the authors' 5-core files (last-out; auto takes them where they are), or their rules applied
     to the reviews (raw).
 
+    With --protocol time-v1 the same histories are cut by time instead: training before 2021-08-11 00:56:54 UTC, validation before
+    2022-07-16 20:18:49 UTC, then the test; one prediction for each user who comes after that. It is a domain of its own.
+
     [bold]Examples[/]
 
       harness data prepare data/raw Musical_Instruments
@@ -227,8 +233,10 @@ def prepare(
       harness data prepare data/raw paper
 
       harness data prepare data/raw Video_Games --route both
+
+      harness data prepare data/raw paper --protocol time-v1
     """
-    from harness.data.prepare import prepare_raw
+    from harness.data.prepare import default_name, prepare_raw
     from harness.data.simulate import CATEGORIES
     from harness.data.source import DataError
 
@@ -236,7 +244,8 @@ def prepare(
         if name and category == "paper":
             raise DataError("paper is nine domains: leave the name out")
         for each in CATEGORIES if category == "paper" else [category]:
-            _report(prepare_raw(raw, each, name or each.lower(), root=root, overwrite=replace, route=route))
+            domain = name or default_name(each, protocol)
+            _report(prepare_raw(raw, each, domain, root=root, overwrite=replace, route=route, protocol=protocol))
 
 
 @app.command()
@@ -343,16 +352,16 @@ def list_(root: Root = None) -> None:
     table.add_column("domain", no_wrap=True)
     for heading in ("users", "items", "interactions", "tie rate"):
         table.add_column(heading, justify="right")
-    for heading in ("release", "digest"):
+    for heading in ("protocol", "release", "digest"):
         table.add_column(heading)
     found = list_domains(folder)
     for domain in found:
         if domain.problem:
-            table.add_row(domain.name, *["-"] * 4, "[red]broken[/]", _plain(domain.problem))
+            table.add_row(domain.name, *["-"] * 5, "[red]broken[/]", _plain(domain.problem))
             continue
         counts = [f"{domain.counts[key]:,}" for key in ("users", "items", "interactions")]
         release = "SIMULATED" if domain.simulated else domain.release or "-"
-        table.add_row(domain.name, *counts, _share(domain.tie_rate), release, domain.digest[:12])
+        table.add_row(domain.name, *counts, _share(domain.tie_rate), domain.protocol, release, domain.digest[:12])
     console = _console()
     console.print(table)
     if not found:
@@ -412,7 +421,7 @@ def verify(name: Annotated[str, typer.Argument(help="A domain of `harness data l
         folder = (root or data_root()) / name
         summary = validate_domain(folder)
         require_expected(folder)
-        counts = "; its counts are the expected ones" if expected_card(summary.name) else ""
+        counts = "; its counts are the expected ones" if expected_card(summary.name, summary.protocol) else ""
         typer.echo(f"{summary.name}: complete and unchanged (digest {summary.digest[:12]}){counts}")
 
 
@@ -420,6 +429,7 @@ def verify(name: Annotated[str, typer.Argument(help="A domain of `harness data l
 
 
 def _report(summary: DomainSummary) -> None:
+    from harness.contract import PROTOCOL
     from harness.data.domain import read_private
     from harness.data.expected import differences, expected_card
 
@@ -427,13 +437,16 @@ def _report(summary: DomainSummary) -> None:
     counts = ", ".join(f"{summary.counts[key]:,} {key}" for key in ("users", "items", "interactions"))
     state = "[green]written[/]" if summary.created else "[cyan]there already[/]"
     console.print(f"{state} {summary.name}: {counts} (digest {summary.digest[:12]}) in {_plain(str(summary.path))}", highlight=False)
+    if summary.protocol != PROTOCOL:
+        users = ", ".join(f"{summary.counts[f'{part}_users']:,} users with {part}" for part in ("train", "valid", "test"))
+        console.print(f"  protocol {summary.protocol}: {users}", highlight=False)
     dropped = {key: count for key, count in read_private(summary.path).info["dropped"].items() if count}
     pictureless = {key: dropped.pop(key) for key in list(dropped) if key.startswith("no_picture_")}
     for what, counts_of in (("left out", dropped), ("without picture", pictureless)):
         lines = [f"{count:,} {key.removeprefix('no_picture_').replace('_', ' ')}" for key, count in counts_of.items()]
         if lines:
             console.print(f"  {what}: {', '.join(lines)}", highlight=False)
-    expected = expected_card(summary.name)
+    expected = expected_card(summary.name, summary.protocol)
     for line in differences(summary.counts, expected):
         console.print(f"  [yellow]not the {summary.name} of {expected['source'] if expected else '?'}[/]: {line}", highlight=False)
 

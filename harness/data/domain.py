@@ -32,9 +32,10 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import ContractError, Domain, Ragged, integers, read_columns, write_json
+from harness.contract import PROTOCOL, TIME, ContractError, Domain, Ragged, integers, read_columns, write_json
 from harness.data import expected
 from harness.data.source import DataError, DomainExists, DomainSummary, SourceDomain, hash_order, ragged
+from harness.data.split import Cuts, counts_of
 from harness.data.write import TIMES, public_digest, set_modes, targets_digest, write_parts, write_pictures
 from harness.paths import Paths
 
@@ -55,17 +56,20 @@ __all__ = [
 ]
 
 PUBLIC_FILES = {"domain.json", "users.parquet", "items.parquet", "pictures.bin", "pictures.parquet"}
+TIME_SUFFIX = "_time"
+"""What the name of a ``time-v1`` domain ends in, unless somebody chose another name."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]{0,39}")
 
 
 @dataclass(frozen=True)
 class Private:
-    """The private part: the test target of every user (row u = user u), and the source ids."""
+    """The private part: the test target of each of ``users`` (``loo-v1``: row u = user u), and the source ids."""
 
     path: Path
     targets: np.ndarray
     times: np.ndarray | None
     info: dict[str, Any]
+    users: np.ndarray
 
     @functools.cached_property
     def user_ids(self) -> list[str]:
@@ -77,7 +81,7 @@ class Private:
 
     @functools.cached_property
     def history_times(self) -> Ragged | None:
-        """The times of every user's whole history x_1..x_n, if the source had any."""
+        """The times of every user's training, validation and test (``loo-v1``: x_1..x_n), if the source had any."""
         if not (self.path / TIMES).exists():
             return None
         lists = read_columns(self.path / TIMES, ("times",))["times"].combine_chunks()
@@ -86,7 +90,7 @@ class Private:
 
     @functools.cached_property
     def oracle(self) -> np.ndarray | None:
-        """Of a simulated domain: the 50 most probable next items of every user by the generator, [U, 50], else None."""
+        """Of a simulated domain: the 50 most probable next items of each of ``users`` by the generator, [U, 50], else None."""
         if not (self.path / "oracle.npz").exists():
             return None
         with np.load(self.path / "oracle.npz", allow_pickle=False) as archive:
@@ -111,15 +115,18 @@ def write_domain(
     oracle: np.ndarray | None = None,
     planted: dict[str, Any] | None = None,
     overwrite: bool = False,
+    cuts: Cuts | None = None,
 ) -> DomainSummary:
     """Number, split and write a domain to ``folder`` in one step: a reader sees all of it or nothing.
+
+    The protocol is ``loo-v1``; with ``cuts`` it is ``time-v1``, and users need only one interaction.
 
     ``name`` defaults to the folder's. Users with fewer than three interactions are left out and counted. ``pictures``:
     source item id -> encoded bytes or a file. ``oracle``: [users of ``source``, 50] rows of ``source.item_ids``, -1 = none.
     ``planted``: what the simulator planted, for ``private/planted.json``.
 
     What is prepared from the official release must have the counts of its card (``expected.py``); a DataError names the
-    difference and its likely cause, and nothing is written.
+    difference and its likely cause, and nothing is written. A ``time-v1`` domain NAME_time is held to the card NAME before it is cut.
 
     An identical domain that is there already stays (``created`` is False); another one raises DomainExists unless
     ``overwrite``. Two processes at once: the second waits for the first and then finds its domain.
@@ -132,9 +139,10 @@ def write_domain(
     with _locked(folder):
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
-            summary = write_parts(temporary, name, source, pictures, simulated, oracle, planted)
+            summary = write_parts(temporary, name, source, pictures, simulated, oracle, planted, cuts)
             if str(source.source.get("format", "")).startswith(expected.OFFICIAL) and not simulated:
-                expected.require(name, summary.counts, lambda: _facts(source))
+                whole = {**summary.counts, "interactions": len(source.sequences.values)} if cuts else summary.counts
+                expected.require(name.removesuffix(TIME_SUFFIX) if cuts else name, whole, lambda: _facts(source))
             return _put_in_place(temporary, folder, summary, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -243,15 +251,17 @@ def read_private(folder: Path) -> Private:
     try:
         info = json.loads((private / "private.json").read_text())
         table = read_columns(private / "targets.parquet", ("user", "target", "time"))
-        digest = json.loads((Path(folder) / "public" / "domain.json").read_text())["digest"]
+        head = json.loads((Path(folder) / "public" / "domain.json").read_text())
+        digest = head["digest"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{private}: not the private part of a domain ({error}); import or simulate the domain again") from error
     if info.get("public_digest") != digest:
         raise DataError(f"{private / 'private.json'}: these targets belong to other public data; import or simulate the domain again")
-    if not np.array_equal(integers(table["user"]), np.arange(table.num_rows)):
+    users = integers(table["user"])
+    if head.get("protocol") != TIME and not np.array_equal(users, np.arange(table.num_rows)):
         raise DataError(f"{private / 'targets.parquet'}: its users are not 0..{table.num_rows - 1} in order")
     times = None if table["time"].null_count else integers(table["time"])
-    return Private(private, integers(table["target"]).astype(np.int32), times, info)
+    return Private(private, integers(table["target"]).astype(np.int32), times, info, users)
 
 
 def read_summary(folder: Path) -> DomainSummary:
@@ -260,7 +270,9 @@ def read_summary(folder: Path) -> DomainSummary:
     try:
         info = json.loads((folder / "public" / "domain.json").read_text())
         counts = {key: int(value) for key, value in info["counts"].items()}
-        return DomainSummary(info["name"], folder, info["digest"], counts, info["tie_rate"], info["simulated"], info["release"])
+        protocol = str(info.get("protocol", PROTOCOL))
+        known = (info["name"], folder, info["digest"], counts, info["tie_rate"], info["simulated"], info["release"])
+        return DomainSummary(*known, protocol=protocol)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder}: not a domain ({type(error).__name__}: {error}); `harness data import` makes one") from error
 
@@ -298,21 +310,25 @@ def validate_domain(folder: Path) -> DomainSummary:
     numbers = integers(domain.items["item"])
     in_order = np.array_equal(numbers, np.arange(domain.n_items))
     require(in_order, f"{public / 'items.parquet'}: its items are not 0..{domain.n_items - 1} in order")
-    train, users = len(domain.train.values), domain.n_users
-    counts = {"users": users, "items": domain.n_items, "interactions": train + 2 * users, "train_interactions": train}
+    users, tested = domain.n_users, domain.test_users
+    counts = counts_of(domain.protocol, domain.train, domain.window, len(tested), domain.n_items)
     require(summary.counts == counts, f"{public / 'domain.json'}: counts {summary.counts}, the tables hold {counts}")
-    require(bool((domain.train.lengths > 0).all()), f"{public / 'users.parquet'}: a user has no training item")
+    if domain.protocol == PROTOCOL:
+        require(bool((domain.train.lengths > 0).all()), f"{public / 'users.parquet'}: a user has no training item")
     _check_pictures(public, domain.n_items, require)
     require(public_digest(public) == summary.digest, f"{public}: its content does not have the digest in domain.json")
 
     hidden = read_private(folder)
-    require(len(hidden.targets) == users, f"{private / 'targets.parquet'}: {len(hidden.targets)} targets for {users} users")
+    right = np.array_equal(hidden.users, tested)
+    require(right, f"{private / 'targets.parquet'}: {len(hidden.targets)} targets for {len(tested)} test users")
     inside = bool(((hidden.targets >= 0) & (hidden.targets < domain.n_items)).all())
     require(inside, f"{private / 'targets.parquet'}: a target out of range")
     require(targets_digest(hidden.targets) == hidden.info.get("digest"), f"{private / 'targets.parquet'}: not the digest in private.json")
     if (times := hidden.history_times) is not None:
-        whole = np.array_equal(times.lengths, domain.train.lengths + 2)
-        right = whole and hidden.times is not None and np.array_equal(times.values[times.offsets[1:] - 1], hidden.times)
+        lengths = domain.train.lengths + domain.window.lengths
+        lengths[tested] += 1
+        whole = np.array_equal(times.lengths, lengths)
+        right = whole and hidden.times is not None and np.array_equal(times.values[times.offsets[1:][tested] - 1], hidden.times)
         require(right, f"{private / TIMES}: not the times of these histories")
     for what, ids, count in (("users", hidden.user_ids, users), ("items", hidden.item_ids, domain.n_items)):
         right = len(ids) == count and np.array_equal(hash_order(ids, what[:-1])[0], np.arange(count))

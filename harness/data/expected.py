@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import Ragged
+from harness.contract import PROTOCOL, Ragged
 from harness.data.source import DataError
 
 CARDS = Path(__file__).parent / "cards"
@@ -36,8 +36,10 @@ HEADER = {"user_id", "parent_asin", "asin", "item_id", "reviewerID", "timestamp"
 PADDING = {"[PAD]", "<pad>", "PAD", "0"}
 
 
-def expected_card(name: str) -> dict[str, Any] | None:
-    """What a domain of this name must hold, if somebody has written it down."""
+def expected_card(name: str, protocol: str = PROTOCOL) -> dict[str, Any] | None:
+    """What a domain of this name must hold, if somebody has written it down. Cards count whole histories, so those of ``loo-v1``."""
+    if protocol != PROTOCOL:
+        return None
     file = Path(os.environ.get("HARNESS_CARDS") or CARDS) / f"{name}.json"
     if not file.exists():
         return None

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import Domain, Pictures, Ragged, read_columns
+from harness.contract import PROTOCOL, Domain, Pictures, Ragged, read_columns
 from harness.contract import write_json as write_json_whole
 from harness.data import text
 from harness.data.domain import read_private, read_summary
@@ -31,8 +31,6 @@ from harness.data.formats.common import ITEM_TEXT, in_order
 from harness.data.importers import EXPORTED, known_format
 from harness.data.source import DataError, DomainSummary, SourceDomain
 from harness.data.write import CODES
-
-PROTOCOL = "loo-v1"
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,13 @@ def _flocked(folder: Path) -> Iterator[None]:
 
 def read_whole(folder: Path) -> tuple[Whole, DomainSummary]:
     """The domain put together again: whole histories, source ids, times if they are kept, text as an importer must read it."""
-    summary, private = read_summary(folder), read_private(folder)
-    domain = Domain.read(folder / "public")
-    if domain.info["protocol"] != PROTOCOL:
+    summary = read_summary(folder)
+    if summary.protocol != PROTOCOL:
         raise DataError(
-            f"{folder}: its protocol is {domain.info['protocol']}; these formats hold whole lists, which are split as {PROTOCOL}"
+            f"{folder}: its protocol is {summary.protocol}; these formats hold whole lists, which readers split as {PROTOCOL}. Export the"
+            f" {PROTOCOL} domain of the same data (`harness data prepare RAW CATEGORY` makes it)"
         )
+    private, domain = read_private(folder), Domain.read(folder / "public")
     histories = domain.train.append(domain.valid).append(private.targets)
     table = domain.items
     texts = table["text"].to_pylist()

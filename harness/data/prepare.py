@@ -12,7 +12,8 @@ Two routes lead to the same domain: ``raw`` applies the rules to the reviews, ``
 Rules: item = ``parent_asin``; interactions of a user in order of time, equal times in order of the file; of a repeated
 item the earliest counts; then users and items with fewer than five interactions are removed until none is left.
 The catalogue is the items that remain. A review without a user, an item or a time is skipped and counted; a line that is
-not JSON is an error, because a file with one is not the file that was published.
+not JSON is an error, because a file with one is not the file that was published. Both protocols split these same histories:
+``time-v1`` cuts after the 5-core and keeps the catalogue, as the authors' timestamp split of their 5-core files does.
 """
 
 from __future__ import annotations
@@ -25,27 +26,48 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from harness.contract import Ragged
-from harness.data.domain import data_root, write_domain
+from harness.contract import PROTOCOL, PROTOCOLS, TIME, Ragged
+from harness.data.domain import TIME_SUFFIX, data_root, write_domain
 from harness.data.jsonl import json_lines
 from harness.data.last_out import Histories, difference, find_last_out, read_last_out
 from harness.data.pictures import find_pictures
 from harness.data.reviews import read_metadata, read_reviews, strong_rows
 from harness.data.source import DataError, DomainSummary, SourceDomain
+from harness.data.split import AMAZON2023_CUTS, Cuts
 from harness.values import nearest
 
-__all__ = ["CORE", "ROUTES", "core", "earliest", "json_lines", "prepare_raw", "prepare_source", "read_raw"]
+__all__ = ["CORE", "ROUTES", "core", "default_name", "earliest", "json_lines", "prepare_raw", "prepare_source", "read_raw"]
 
 CORE = 5
 ROUTES = ("auto", "raw", "last-out", "both")
 
 
 def prepare_raw(
-    raw: Path, category: str, name: str, *, root: Path | None = None, overwrite: bool = False, route: str = "raw"
+    raw: Path,
+    category: str,
+    name: str,
+    *,
+    root: Path | None = None,
+    overwrite: bool = False,
+    route: str = "raw",
+    protocol: str = PROTOCOL,
 ) -> DomainSummary:
     """Prepare one category of ``raw`` as the domain ``name``, with the pictures found in ``raw/pictures/CATEGORY``."""
+    cuts = cuts_of(protocol)
     source, pictures = read_raw(raw, category, route)
-    return write_domain((root or data_root()) / name, source, pictures=pictures, overwrite=overwrite)
+    return write_domain((root or data_root()) / name, source, pictures=pictures, overwrite=overwrite, cuts=cuts)
+
+
+def cuts_of(protocol: str) -> Cuts | None:
+    """Where a protocol cuts time; None where it does not. Raises DataError for a protocol that does not exist."""
+    if protocol not in PROTOCOLS:
+        raise DataError(f"{protocol!r} is no protocol.{nearest(protocol, PROTOCOLS)}")
+    return AMAZON2023_CUTS if protocol == TIME else None
+
+
+def default_name(category: str, protocol: str = PROTOCOL) -> str:
+    """The name of a category's domain: small letters, and under ``time-v1`` a suffix, so that the two stand beside each other."""
+    return category.lower() + (TIME_SUFFIX if protocol == TIME else "")
 
 
 def read_raw(raw: Path, category: str, route: str = "raw") -> tuple[SourceDomain, Mapping[str, bytes]]:

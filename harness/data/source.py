@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.contract import Ragged
+from harness.contract import PROTOCOL, Ragged
 
 
 class DataError(ValueError):
@@ -60,6 +60,7 @@ class DomainSummary:
     release: str | None = None
     created: bool = False
     problem: str | None = None
+    protocol: str = PROTOCOL
 
 
 def ragged(lists: Sequence[Sequence[int]]) -> Ragged:

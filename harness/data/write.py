@@ -1,6 +1,8 @@
 """The files of a domain: what ``domain.write_domain`` puts into its temporary folder.
 
-In: a ``SourceDomain`` and its pictures. Out: ``public/`` and ``private/`` in an empty folder, and the digests over them.
+In: a ``SourceDomain``, its pictures, and for ``time-v1`` the cuts. Out: ``public/`` and ``private/`` in an empty folder, and the
+digests over them. The two protocols differ in one table: ``users.parquet`` holds the item ``valid`` under ``loo-v1``, and the list
+``valid`` (what lies between the cuts) and the flag ``test`` under ``time-v1``.
 """
 
 from __future__ import annotations
@@ -17,15 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from harness.contract import PROTOCOL, SCHEMA, Ragged, integers, read_columns, write_json
+from harness.contract import PROTOCOL, SCHEMA, TIME, Ragged, integers, read_columns, write_json
 from harness.data import text
 from harness.data.source import DataError, DomainSummary, SourceDomain, check_source, hash_order, take, tie_rate
-
-MIN_HISTORY = 3
-"""Shortest history that leave-one-out can split: one training item, one for validation, one for the test."""
+from harness.data.split import MIN_HISTORY, Cuts, Split, leave_one_out, split_by_time
 
 TIMES = "times.parquet"
-"""In the private part: the times of every user's whole history, for cards and exports. Absent where the source has none."""
+"""In the private part: the times of every user's training, validation and target, for cards and exports. Absent where there are none."""
 
 CODES = "codes_"
 """Columns with this prefix hold lists of code numbers of an item and are kept as they are."""
@@ -39,25 +39,29 @@ def write_parts(
     simulated: bool,
     oracle: np.ndarray | None,
     planted: dict[str, Any] | None,
+    cuts: Cuts | None = None,
 ) -> DomainSummary:
     check_source(source)
     item_order, item_number = hash_order(source.item_ids, "item")
-    kept = np.flatnonzero(source.sequences.lengths >= MIN_HISTORY)
+    kept = np.flatnonzero(source.sequences.lengths >= MIN_HISTORY[PROTOCOL if cuts is None else TIME])
     if not len(kept):
-        raise DataError(f"no user has {MIN_HISTORY} interactions or more: there is nothing to split into training, validation and test")
+        shortest = MIN_HISTORY[PROTOCOL if cuts is None else TIME]
+        raise DataError(f"no user has {shortest} interactions or more: there is nothing to split into training, validation and test")
     user_rows = kept[hash_order([source.user_ids[row] for row in kept], "user")[0]]
     histories, index = take(source.sequences, user_rows)
     histories = Ragged(item_number[histories.values].astype(np.int32), histories.offsets)
     times = None if source.times is None else np.asarray(source.times, np.int64)[index]
+    split = leave_one_out(histories) if cuts is None else split_by_time(histories, times, cuts)
 
-    summary = _write_public(folder / "public", name, source, histories, tie_rate(histories, times), item_order, pictures, simulated)
-    dropped = {"users_below_3": len(source.user_ids) - len(user_rows), **source.dropped}
+    summary = _write_public(folder / "public", name, source, split, tie_rate(histories, times), item_order, pictures, simulated)
+    below = {f"users_below_{MIN_HISTORY[split.protocol]}": len(source.user_ids) - len(user_rows)}
+    dropped = {**below, **source.dropped, **split.dropped}
     info = {"schema": SCHEMA, "public_digest": summary.digest, "source": source.source, "dropped": dropped}
-    _write_private(folder / "private", source, histories, times, user_rows, item_order, info)
+    _write_private(folder / "private", source, split, times, user_rows, item_order, info)
     if oracle is not None:
-        rows = oracle[user_rows]
+        rows = oracle[user_rows[split.tested]]
         lists = np.where(rows >= 0, item_number[rows], -1).astype(np.int32)
-        np.savez_compressed(folder / "private" / "oracle.npz", users=np.arange(len(user_rows), dtype=np.int32), items=lists)
+        np.savez_compressed(folder / "private" / "oracle.npz", users=split.tested.astype(np.int32), items=lists)
     if planted is not None:
         write_json(folder / "private" / "planted.json", planted)
     set_modes(folder)
@@ -68,27 +72,30 @@ def _write_public(
     public: Path,
     name: str,
     source: SourceDomain,
-    histories: Ragged,
+    split: Split,
     ties: float | None,
     item_order: np.ndarray,
     pictures: Mapping[str, bytes | Path] | None,
     simulated: bool,
 ) -> DomainSummary:
     public.mkdir()
-    last = histories.offsets[1:] - 1
-    in_train = np.ones(len(histories.values), bool)
-    in_train[last] = in_train[last - 1] = False
-    offsets = histories.offsets - 2 * np.arange(len(histories.offsets))
-    train = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(histories.values[in_train], pa.int32()))
-    numbers = pa.array(np.arange(len(last)), pa.int32())
-    _parquet(public / "users.parquet", {"user": numbers, "train": train, "valid": pa.array(histories.values[last - 1])})
+    n_users = len(split.train)
+    columns = {"user": pa.array(np.arange(n_users), pa.int32()), "train": _list_column(split.train)}
+    if split.protocol == PROTOCOL:
+        columns["valid"] = pa.array(split.window.values)
+    else:
+        tested = np.zeros(n_users, np.int8)
+        tested[split.tested] = 1
+        columns |= {"valid": _list_column(split.window), "test": pa.array(tested)}
+    _parquet(public / "users.parquet", columns)
     _parquet(public / "items.parquet", _item_table(source.columns, item_order))
     if pictures:
         write_pictures(public, [source.item_ids[row] for row in item_order], pictures)
-    n_train = int(in_train.sum())
-    counts = {"users": len(last), "items": len(item_order), "interactions": len(in_train), "train_interactions": n_train}
-    summary = DomainSummary(name, public, public_digest(public), counts, ties, simulated, source.release)
-    head = {"schema": SCHEMA, "name": name, "counts": counts, "digest": summary.digest, "protocol": PROTOCOL}
+    counts = split.counts(len(item_order))
+    summary = DomainSummary(name, public, public_digest(public), counts, ties, simulated, source.release, protocol=split.protocol)
+    head = {"schema": SCHEMA, "name": name, "counts": counts, "digest": summary.digest, "protocol": split.protocol}
+    if split.cuts is not None:
+        head["cuts"] = {"valid": split.cuts.valid, "test": split.cuts.test}
     write_json(public / "domain.json", {**head, "simulated": simulated, "release": source.release, "tie_rate": ties})
     return summary
 
@@ -96,20 +103,19 @@ def _write_public(
 def _write_private(
     private: Path,
     source: SourceDomain,
-    histories: Ragged,
+    split: Split,
     times: np.ndarray | None,
     user_rows: np.ndarray,
     item_order: np.ndarray,
     info: dict[str, Any],
 ) -> None:
     private.mkdir(mode=0o700)
-    last = histories.offsets[1:] - 1
-    targets = histories.values[last]
-    users, items = pa.array(np.arange(len(last)), pa.int32()), pa.array(np.arange(len(item_order)), pa.int32())
-    target_times = pa.nulls(len(last), pa.int64()) if times is None else pa.array(times[last])
-    _parquet(private / "targets.parquet", {"user": users, "target": pa.array(targets), "time": target_times})
+    users, items = pa.array(np.arange(len(split.train)), pa.int32()), pa.array(np.arange(len(item_order)), pa.int32())
+    tested = pa.array(split.tested, pa.int32())
+    target_times = pa.nulls(len(tested), pa.int64()) if times is None else pa.array(times[split.target_rows])
+    _parquet(private / "targets.parquet", {"user": tested, "target": pa.array(split.targets), "time": target_times})
     if times is not None:
-        lists = pa.ListArray.from_arrays(pa.array(histories.offsets, pa.int32()), pa.array(times))
+        lists = pa.ListArray.from_arrays(pa.array(split.kept_offsets, pa.int32()), pa.array(times[split.kept]))
         _parquet(private / TIMES, {"user": users, "times": lists})
     user_ids = pa.array([source.user_ids[row] for row in user_rows], pa.string())
     _parquet(private / "users.parquet", {"user": users, "source_id": user_ids})
@@ -117,7 +123,11 @@ def _write_private(
     more = {key: pa.array([column[row] for row in item_order]) for key, column in source.private_columns.items()}
     _parquet(private / "items.parquet", {"item": items, "source_id": item_ids, **more})
     ids = hashlib.sha256("\n".join((*user_ids.to_pylist(), "", *item_ids.to_pylist())).encode()).hexdigest()
-    write_json(private / "private.json", {**info, "digest": targets_digest(targets), "ids_digest": ids})
+    write_json(private / "private.json", {**info, "digest": targets_digest(split.targets), "ids_digest": ids})
+
+
+def _list_column(lists: Ragged) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), pa.array(lists.values, pa.int32()))
 
 
 def _item_table(columns: Mapping[str, Any], order: np.ndarray) -> dict[str, pa.Array]:
@@ -172,11 +182,12 @@ def _parquet(path: Path, columns: dict[str, pa.Array]) -> None:
 
 
 def public_digest(public: Path) -> str:
-    """sha256 of what a public part says, however its files are encoded. The name does not enter."""
-    digest = hashlib.sha256(f"{SCHEMA} {PROTOCOL}\n".encode())
-    users = read_columns(public / "users.parquet", ("train", "valid"))
-    lists = users["train"].combine_chunks()
-    for array, kind in ((lists.value_lengths(), "<i8"), (lists.flatten(), "<i4"), (users["valid"], "<i4")):
+    """sha256 of what a public part says, however its files are encoded. The name does not enter, the protocol does."""
+    users = read_columns(public / "users.parquet")
+    by_time = "test" in users.column_names
+    digest = hashlib.sha256(f"{SCHEMA} {TIME if by_time else PROTOCOL}\n".encode())
+    columns = [*_list_parts(users["train"]), *(_list_parts(users["valid"]) if by_time else [(users["valid"], "<i4")])]
+    for array, kind in (*columns, *([(users["test"], "<i1")] if by_time else [])):
         digest.update(f"{len(array)}\n".encode() + integers(array).astype(kind).tobytes())
     items = pq.ParquetFile(public / "items.parquet")
     encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -188,6 +199,11 @@ def public_digest(public: Path) -> str:
         index = read_columns(public / "pictures.parquet", ("item", "sha256")).to_pydict()
         digest.update("".join(f"{item} {sha}\n" for item, sha in zip(index["item"], index["sha256"], strict=True)).encode())
     return digest.hexdigest()
+
+
+def _list_parts(column: Any) -> list[tuple[Any, str]]:
+    lists = column.combine_chunks()
+    return [(lists.value_lengths(), "<i8"), (lists.flatten(), "<i4")]
 
 
 def targets_digest(targets_U: np.ndarray) -> str:

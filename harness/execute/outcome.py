@@ -142,9 +142,9 @@ def check_recordable(meta: Meta) -> None:
 
 def _check_predictions(out: Path, job: Job) -> None:
     domain = Domain.read(job.domains[0].path)
-    for name in (PREDICTIONS, VALID_PREDICTIONS):
-        _check_compression(out / name, domain.n_users * (job.k + 1) * 8 + (1 << 16))
-        contract.read_predictions(out / name, domain.n_users, domain.n_items, job.k)
+    for name, users in ((PREDICTIONS, domain.test_users), (VALID_PREDICTIONS, domain.valid_users)):
+        _check_compression(out / name, len(users) * (job.k + 1) * 8 + (1 << 16))
+        contract.read_predictions(out / name, users, domain.n_items, job.k)
 
 
 def _check_compression(path: Path, limit: int) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import fmean
 
 from harness import metrics
+from harness.contract import PROTOCOL
 from harness.record import Environment, Record
 from harness.runspec import Plan, PlannedRun
 from harness.tables import text
 from harness.tables.values import UNPLANNED, Block, Cell, Mark, Part, Published, Row, Table
+from harness.values import ConfigError
 
 TRIVIAL = ("popularity", "last_item")
 _HUGE = 1e18
@@ -48,9 +50,15 @@ def build_table(plan: Plan, records: Mapping[str, Record], oracles: Oracles | No
     """The table of a plan. ``records`` by run id; ``oracles``: domain -> metric -> upper bound, simulated domains only.
 
     A domain is simulated if a record says so, if it has an oracle, or if it is named in ``simulated`` (which only
-    matters for a domain that has no record at all).
+    matters for a domain that has no record at all). Raises ConfigError for a record of another protocol than the plan's.
     """
     oracles = oracles or {}
+    for run in plan.runs:
+        if (found := records.get(run.id)) and found.protocol.version != plan.protocol:
+            raise ConfigError(
+                f"the record {run.id} is of the protocol {found.protocol.version}, the suite {plan.suite} of {plan.protocol}: they are"
+                " never mixed in a table; take the record away and run the suite again"
+            )
     told = {run.domain for run in plan.runs if run.id in records and records[run.id].domain.simulated}
     made_up = told | set(oracles) | set(simulated)
     kinds = ((False, [d for d in plan.domains if d not in made_up]), (True, [d for d in plan.domains if d in made_up]))
@@ -78,7 +86,9 @@ def _part(plan: Plan, records: Mapping[str, Record], domains: Sequence[str], ora
         label, method, config = (text.clean(name, 80) for name in (title, own[0].method, own[0].config))
         rows.append(Row(label, method, config, blocks, average, row_notes, isolation))
     return Part(
-        title=text.clean(plan.title) + (" (SIMULATED)" if simulated else ""),
+        title=text.clean(plan.title)
+        + ("" if plan.protocol == PROTOCOL else f" (protocol {text.clean(plan.protocol)})")
+        + (" (SIMULATED)" if simulated else ""),
         simulated=simulated,
         domains=tuple(domains),
         metrics=plan.metrics,
@@ -88,6 +98,7 @@ def _part(plan: Plan, records: Mapping[str, Record], domains: Sequence[str], ora
         notes=notes.texts,
         warnings=() if simulated else _warnings(rows),
         counts=dict(Counter(_state(run, records, plan.metrics)[0] for run in planned)),
+        protocol=plan.protocol,
     )
 
 

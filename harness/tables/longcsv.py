@@ -1,7 +1,7 @@
 """The table as CSV in full precision, one line a method x domain x metric; costs, averages, oracle and published values too.
 
-``kind`` is result, cost, average, oracle or published; ``data`` is real or SIMULATED, on every line. ``mean`` is empty
-unless all planned seeds are ok; ``seeds`` (``1=0.0659;2=0.0661``) holds those that are.
+``kind`` is result, cost, average, oracle or published; ``data`` is real or SIMULATED, and names a protocol other than loo-v1, on
+every line. ``mean`` is empty unless all planned seeds are ok; ``seeds`` (``1=0.0659;2=0.0661``) holds those that are.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 
+from harness.contract import PROTOCOL
 from harness.tables import text
 from harness.tables.layout import cost_columns
 from harness.tables.values import Cell, Part, Row, Table
@@ -34,11 +35,15 @@ def to_csv(table: Table) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     for part in table.parts:
-        fixed: Values = {"suite": table.suite, "data": "SIMULATED" if part.simulated else "real"}
+        fixed: Values = {"suite": table.suite, "data": _data(part)}
         for values in _part(part):
             values |= fixed
             writer.writerow([_plain(values.get(name)) for name in COLUMNS])
     return out.getvalue()
+
+
+def _data(part: Part) -> str:
+    return ("SIMULATED" if part.simulated else "real") + ("" if part.protocol == PROTOCOL else f", {part.protocol}")
 
 
 def _plain(value: object) -> object:

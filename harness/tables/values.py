@@ -10,6 +10,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from harness.contract import PROTOCOL
+
 Mark = Literal["", "best", "second"]
 UNPLANNED = "unplanned"
 """State of a block that the suite does not ask for."""
@@ -96,6 +98,7 @@ class Part:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     counts: dict[str, int]
+    protocol: str = PROTOCOL
 
 
 @dataclass(frozen=True)

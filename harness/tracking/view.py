@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.contract import PROTOCOL
 from harness.record import Record
 from harness.runspec import Plan, PlannedRun
 from harness.tracking.groups import Group, group_key
@@ -51,6 +52,7 @@ OWN_TAGS = frozenset(
         "ran_beside_others",
         "domain_digest",
         "simulated",
+        "protocol",
         "lineage",
         "precision",
         "stopped_by",
@@ -114,6 +116,7 @@ def seed_view(run: PlannedRun, record: Record) -> RunView:
         "domain_digest": record.domain.digest,
         "score_key": record.run.score_key or "",
         "simulated": _word(simulated),
+        "protocol": "" if record.protocol.version == PROTOCOL else record.protocol.version,
         "lineage": record.method.lineage,
         "precision": record.precision.dtype,
         "stopped_by": record.training.stopped_by or "",

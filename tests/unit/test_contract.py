@@ -64,6 +64,76 @@ def test_a_wrong_job_is_named(tmp_path: Path, change: dict, words: str) -> None:
     assert words in str(error.value)
 
 
+def test_a_job_of_an_unknown_protocol_is_named(tmp_path: Path) -> None:
+    make_job(tmp_path, protocol="time-v1").write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json").protocol == "time-v1"
+    raw = make_job(tmp_path).to_json()
+    (tmp_path / "job.json").write_text(json.dumps({**raw, "protocol": "time-v2"}))
+    with pytest.raises(ContractError, match=r"protocol 'time-v2', this contract knows loo-v1, time-v1"):
+        Job.read(tmp_path / "job.json")
+    (tmp_path / "job.json").write_text(json.dumps({name: value for name, value in raw.items() if name != "protocol"}))
+    assert Job.read(tmp_path / "job.json").protocol == "loo-v1"
+
+
+def lists_of(*rows: list[int]) -> Ragged:
+    return Ragged(np.array([value for row in rows for value in row], np.int32), np.cumsum([0, *map(len, rows)]))
+
+
+def test_joining_and_taking_lists() -> None:
+    joined = lists_of([1, 2], [], [3], []).join(lists_of([4], [5, 6], [], []))
+    assert [row.tolist() for row in joined] == [[1, 2, 4], [5, 6], [3], []]
+    assert [row.tolist() for row in joined.take(np.array([2, 0, 3]))] == [[3], [1, 2, 4], []]
+    assert len(joined.take(np.array([], int))) == 0
+
+
+@pytest.fixture
+def by_time() -> Domain:
+    """``time-v1``: user 0 is there all the time, 1 is not tested, 2 comes after the cut only, 3 is not validated."""
+    train, window = lists_of([1, 2], [3, 4, 5], [], list(range(8, 33))), lists_of([6, 7], [2], [], [])
+    valid = np.array([6, 2], np.int32)
+    return Domain(Path("x"), "x", 4, 40, train, valid, {"protocol": "time-v1"}, window, np.array([True, False, True, True]))
+
+
+def test_rows_under_time(by_time: Domain) -> None:
+    assert (by_time.valid_users.tolist(), by_time.test_users.tolist()) == ([0, 1], [0, 2, 3])
+    assert [row.tolist() for row in by_time.valid_inputs()] == [[1, 2], [3, 4, 5]]
+    assert [row.tolist() for row in by_time.test_inputs()] == [[1, 2, 6, 7], [], list(range(13, 33))]
+    assert [row.tolist() for row in by_time.test_inputs(1)] == [[7], [], [32]]
+    inputs, targets = by_time.training_rows()  # nothing of the window
+    assert [row.tolist() for row in inputs][:3] == [[1], [3], [3, 4]]
+    assert targets.tolist() == [2, 4, 5, *range(9, 33)]
+    assert by_time.popular(3).tolist() == [1, 2, 3]
+    assert by_time.popular(41)[39:].tolist() == [39, -1]
+
+
+def test_leave_one_out_validates_and_tests_everybody(domain: Domain) -> None:
+    assert domain.valid_users.tolist() == domain.test_users.tolist() == [0, 1, 2]
+    assert [row.tolist() for row in domain.window] == [[item] for item in domain.valid]
+
+
+def test_predictions_under_time_are_for_the_users_of_their_part(tmp_path: Path, by_time: Domain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Domain, "read", lambda path: by_time)
+    job = make_job(tmp_path, protocol="time-v1")
+    items_VK = np.stack([np.arange(50) % 40 + row for row in range(3)])
+    items_VK[:, 40:] = -1
+    items_VK %= 41  # item numbers 0..39
+    items_VK[items_VK == 40] = -1
+    contract.write_predictions(job, items_VK)
+    contract.write_predictions(job, items_VK[:2], valid=True)
+    for name, users, expected in (
+        (contract.PREDICTIONS, by_time.test_users, items_VK),
+        (contract.VALID_PREDICTIONS, by_time.valid_users, items_VK[:2]),
+    ):
+        assert np.load(job.output / name)["users"].tolist() == users.tolist()
+        assert np.array_equal(contract.read_predictions(job.output / name, users, 40), expected)
+    with pytest.raises(ContractError, match=r"4 lists for 3 users; write one for each of domain\.test_users"):
+        contract.write_predictions(job, np.zeros((4, 50)))
+    # the right number of lists, for other users: refused, never guessed at
+    np.savez(tmp_path / "p.npz", users=np.array([0, 1, 2]), items=items_VK)
+    with pytest.raises(InvalidOutput, match="each of the 3 users of this part once"):
+        contract.read_predictions(tmp_path / "p.npz", by_time.test_users, 40)
+
+
 def test_training_rows_are_every_prefix_and_nothing_else(domain: Domain) -> None:
     inputs, targets = domain.training_rows()
     expected = [(list(h[:i][-20:]), h[i]) for history in HISTORIES for h in [history[:-1]] for i in range(1, len(h))]

@@ -16,6 +16,7 @@ from harness.table import FORMATS, Table, build_table, to_csv, to_html, to_latex
 from harness.tables import latex, markdown, text
 from harness.tables.layout import grids
 from harness.tables.values import Cell, Part
+from harness.values import ConfigError
 from tests.unit.table_examples import plan, planned, recorded, status, table_inputs, trivial
 
 R10 = "recall_at_10"
@@ -41,6 +42,19 @@ def every_format(table: Table) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------------ values
+
+
+def test_protocols_are_named_and_never_mixed() -> None:
+    run = planned("A", "office")
+    assert only_part(build_table(plan(run), {run.id: recorded(run)})).title == "A toy suite"
+    timed = plan(run).model_copy(update={"protocol": "time-v1"})
+    by_time = recorded(run, protocol=record.PROTOCOLS["time-v1"])
+    table = build_table(timed, {run.id: by_time})
+    for name, out in every_format(table).items():
+        assert "time-v1" in out.replace("{-}", "-"), name
+    for wrong, found in ((timed, recorded(run)), (plan(run), by_time)):
+        with pytest.raises(ConfigError, match=r"of the protocol .* never mixed in a table"):
+            build_table(wrong, {run.id: found})
 
 
 def test_mean_and_sample_deviation_over_seeds() -> None:

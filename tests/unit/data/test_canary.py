@@ -64,6 +64,28 @@ def test_honest_methods_pass_and_cheats_do_not(tmp_path, kind, entropy):
     assert kind == "canary_valid" or recall(one_in_twenty, private.targets) > limit.recall
 
 
+@pytest.mark.parametrize("kind", ["canary", "canary_valid"])
+def test_a_canary_by_time(tmp_path, kind):
+    """Some users of ``canary`` lack a part; ``canary_valid`` is the same world as under loo-v1."""
+    canary(tmp_path / "x", kind=kind, entropy=7, pictures=False, protocol="time-v1")
+    canary(tmp_path / "y", kind=kind, entropy=7, pictures=False)
+    validate_domain(tmp_path / "x")
+    timed, loo = (Domain.read(tmp_path / name / "public") for name in "xy")
+    assert timed.protocol == "time-v1"
+    if kind == "canary_valid":
+        assert [row.tolist() for row in timed.test_inputs()] == [row.tolist() for row in loo.test_inputs()]
+        assert timed.valid.tolist() == loo.valid.tolist()
+        assert bound(tmp_path / "x" / "public", kind=kind) == bound(tmp_path / "y" / "public", kind=kind)
+        return
+    lengths = timed.test_inputs().lengths
+    assert {int(length) for length in lengths} == {0, 5, 6}
+    assert (len(timed.valid_users), len(timed.test_users), timed.n_users) == (3000, 3500, 4000)
+    private = read_private(tmp_path / "x")
+    for row, target in zip(timed.test_inputs(), private.targets, strict=True):
+        assert target not in row
+    assert 10 / 500 < bound(tmp_path / "x" / "public", kind=kind).recall < 2 * 10 / 500
+
+
 def test_canary_targets_lie_outside_the_history(tmp_path):
     folder = canary(tmp_path / "d", kind="canary", entropy=9, pictures=False).path
     private = read_private(folder)
