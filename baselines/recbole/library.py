@@ -101,7 +101,7 @@ def make_dataset(config: Config, domain: Domain, rows: str) -> SequentialDataset
     - ``prefixes``: an input x_1..x_(i-1) and its target x_i, as RecBole's own augmentation makes them;
     - ``prefixes_with_target``: the same with the target at the end of the input, for models that train by masking the
       input and never look at the target column (they would never learn the last training item);
-    - ``sequences``: one row a user, its whole training part, for masking models that see a sequence once.
+    - ``sequences``: one row a user who has one, its whole training part, for masking models that see a sequence once.
     """
     dataset = SequentialDataset(config)
     for field, count in (("user_id", domain.n_users), ("item_id", domain.n_items)):
@@ -112,8 +112,8 @@ def make_dataset(config: Config, domain: Domain, rows: str) -> SequentialDataset
 
     lengths = domain.train.lengths
     if rows == "sequences":
-        inputs, targets = domain.train, domain.train.values[domain.train.offsets[1:] - 1]
-        users = np.arange(domain.n_users)
+        users = np.flatnonzero(lengths)  # under time-v1 some have no training part
+        inputs, targets = domain.train.take(users), domain.train.values[domain.train.offsets[1:][users] - 1]
     else:
         inputs, targets = domain.training_rows()
         users = np.repeat(np.arange(domain.n_users), np.maximum(lengths - 1, 0))

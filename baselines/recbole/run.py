@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harness.contract import Domain, Job, Meta, main, ndcg_at_10, skip, write_predictions
+from harness.contract import Domain, Job, Meta, Ragged, main, ndcg_at_10, skip, write_predictions
 
 
 def start(job: Job, domain: Domain, **more: Any) -> tuple[Any, Any, Any]:
@@ -52,21 +52,32 @@ def fit(job: Job) -> None:
     import numpy as np
     from train import fit_epochs, rank
 
-    users = np.arange(domain.n_users)
-    valid_users = library.interaction(config, domain.valid_inputs(), users=users)
-    test_users = library.interaction(config, domain.test_inputs(), users=users)
+    def part(users: np.ndarray, inputs: Ragged) -> tuple[int, np.ndarray, Any]:
+        """How many rows there are, which of them have an input, and these in RecBole's form."""
+        there = np.flatnonzero(inputs.lengths)
+        return len(inputs), there, library.interaction(config, inputs.take(there), users=users[there])
+
+    def lists(rows: tuple[int, np.ndarray, Any], k: int) -> np.ndarray:
+        """The K best items of every row; these models need an input, and who has none (time-v1) gets the most popular items."""
+        count, there, batch = rows
+        items_VK = np.tile(domain.popular(k), (count, 1))
+        if len(there):
+            items_VK[there] = rank(trainer.model, batch, domain.n_items, k)
+        return items_VK
+
+    valid_rows, test_rows = part(domain.valid_users, domain.valid_inputs()), part(domain.test_users, domain.test_inputs())
 
     def validate() -> float:
-        return ndcg_at_10(rank(trainer.model, valid_users, domain.n_items, 10), domain.valid)
+        return ndcg_at_10(lists(valid_rows, 10), domain.valid)
 
     epochs, every = job.configuration["epochs"], job.configuration.get("eval_every", 1)
     fitted = fit_epochs(job, trainer, loader, epochs, every, validate)
 
     begin = time.monotonic()
-    items_UK = rank(trainer.model, test_users, domain.n_items, job.k)
+    items_UK = lists(test_rows, job.k)
     predicted = time.monotonic() - begin
     write_predictions(job, items_UK)
-    write_predictions(job, rank(trainer.model, valid_users, domain.n_items, job.k), valid=True)
+    write_predictions(job, lists(valid_rows, job.k), valid=True)
     write_meta(job, trainer, fitted, predict=predicted)
 
 

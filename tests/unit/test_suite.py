@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from harness import provenance
+from harness.data.domain import write_domain
+from harness.data.source import SourceDomain, ragged
+from harness.data.split import Cuts
 from harness.method import find_methods
 from harness.paths import Paths
 from harness.runspec import Plan
@@ -40,6 +45,42 @@ def test_a_plan_is_the_product_of_its_axes(paths: Paths) -> None:
     made = plan(paths, domains=("small", "other"), seeds=3, run=(Entry(method="slow", configs=("a", "b")),))
     assert len(made.runs) == 2 * 2 * 3 == len({run.id for run in made.runs}) == len({run.fit_key for run in made.runs})
     assert [run.seed for run in made.runs[:3]] == [1, 2, 3]
+
+
+def make_timed(paths: Paths, name: str = "timed") -> None:
+    """Forty users whose last two items are one in the window and one after the test cut."""
+    source = SourceDomain([f"u{u}" for u in range(40)], ragged([[u % 9, 9, 10, 11] for u in range(40)]), [f"i{i}" for i in range(12)])
+    write_domain(paths.domain(name), replace(source, times=np.array([1, 2, 11, 21] * 40)), cuts=Cuts(10, 20))
+
+
+def test_domains_of_two_protocols_are_never_planned_together(paths: Paths) -> None:
+    make_timed(paths)
+    with pytest.raises(ConfigError, match=r"domain 'timed' was prepared under the protocol time-v1, and the suite's is loo-v1.*suite of"):
+        plan(paths, domains=("small", "timed"))
+    with pytest.raises(ConfigError, match=r"domain 'small' .* loo-v1, and the suite's is time-v1.*prepare RAW CATEGORY --protocol time-v1"):
+        plan(paths, domains=("timed", "small"), protocol="time-v1")
+
+
+def test_a_method_that_does_not_know_the_protocol_is_skipped_with_the_reason(paths: Paths) -> None:
+    make_timed(paths)
+    made = plan(paths, domains=("timed",), protocol="time-v1")
+    assert made.protocol == "time-v1"
+    assert made.runs[0].missing == "cannot be run under time-v1; its method.toml says protocols = ['loo-v1']"
+    file = paths.methods[0] / "slow" / "method.toml"
+    file.write_text(file.read_text().replace('lineage = "trivial"', 'lineage = "trivial"\nprotocols = ["loo-v1", "time-v1"]'))
+    assert plan(paths, domains=("timed",), protocol="time-v1").runs[0].missing == ""
+    # saying so does not force what is trained under the other protocol to be trained again
+    before = key(plan(paths))
+    file.write_text(file.read_text().replace('protocols = ["loo-v1", "time-v1"]\n', ""))
+    assert key(plan(paths)) == before
+
+
+def test_an_unknown_protocol_of_a_suite_is_an_error() -> None:
+    with pytest.raises(ValueError, match="protocol"):
+        Suite(
+            name="s", title="S", domains=("d",), seeds=1, budget=BudgetFile(seconds=5), run=(Entry(method="m", configs=("a",)),),
+            protocol="time-v2",  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 def test_the_fit_key_is_stable(paths: Paths) -> None:
@@ -110,6 +151,14 @@ def test_the_suites_of_the_project_load() -> None:
     assert load_suite("smoke").simulate is not None
     assert load_suite("classic").seeds == 3
     assert load_suite("amazon2023").seeds == 5
+    by_time = load_suite("amazon2023_time")
+    assert (by_time.protocol, by_time.domains) == ("time-v1", tuple(f"{name}_time" for name in load_suite("amazon2023").domains))
+    methods = find_methods(Paths.default())
+    assert all(
+        "time-v1" in methods[entry.method].file.protocols and methods[entry.method].config(c)
+        for entry in by_time.run
+        for c in entry.configs
+    )
 
 
 def test_an_unknown_suite_and_an_unknown_key_are_named(tmp_path: Path) -> None:
