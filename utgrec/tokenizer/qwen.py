@@ -45,9 +45,10 @@ from utgrec.tokenizer.vision_cache import VisionCache, tokens
 
 GROUPED = "utgrec_grouped"
 """Name under which ``grouped_attention`` is known to transformers."""
-GROUP = {"cpu": 64, "cuda": 3072}
-"""What a group of prompts more costs, in tokens. On a GPU it is an estimate: a layer of Qwen2-VL-2B takes a millisecond to launch, and then
-0.3 us a token."""
+LAUNCH = 1e-3
+"""Seconds that a layer takes however little it has to do."""
+RATE = {"cpu": 9e10, "cuda": 4e14}
+"""FLOP a second of a layer's products, in order of magnitude."""
 TEXT = "\x00"
 """Where an item's text goes in a wording."""
 
@@ -98,6 +99,11 @@ def _frozen_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and precision == "bf16" else torch.float32
 
 
+def group_fee(weights: int, device: str) -> float:
+    """What a group of prompts more costs, in tokens that go through a layer of so many weights: 4,300 for Qwen2-VL-2B on a GPU."""
+    return LAUNCH * RATE.get(device, RATE["cuda"]) / (2 * weights)
+
+
 class QwenEncoder(Encoder):
     def __init__(
         self,
@@ -123,9 +129,9 @@ class QwenEncoder(Encoder):
             float(theta),
             config.rms_norm_eps,
         )
-        self.group_fee = GROUP.get(device.type, GROUP["cuda"])
         self._number_tokens(model)
         self.tower, self.language = model.model.visual, model.model.language_model
+        self.group_fee = group_fee(sum(weight.numel() for weight in self.language.layers[0].parameters()), device.type)
         self._freeze(model, device, precision)
         self.attention = choose_attention(settings.attention, device, precision)
         self.language.config._attn_implementation = self.attention
