@@ -30,7 +30,7 @@ from tests.unit.utgrec.small import TINY, job
 from utgrec.recommender.processes import Processes
 from utgrec.run import prepared, read_pictures, training_texts
 from utgrec.tokenizer.data import Catalogue
-from utgrec.tokenizer.encode import encode, semantic_ids
+from utgrec.tokenizer.encode import semantic_ids
 from utgrec.tokenizer.encoder import make_encoder
 from utgrec.tokenizer.model import UniversalTokenizer
 from utgrec.tokenizer.settings import Settings
@@ -96,11 +96,6 @@ def tokenizer(
 def ids_of(training: Training, domain: int = 0) -> np.ndarray:
     """The semantic ids of a domain's items, as the recommender gets them. [I, L]"""
     return semantic_ids(training.model, training.catalogue, domain, CPU).codes_IL
-
-
-def codes_of(training: Training, domain: int = 0) -> np.ndarray:
-    """The codes of a domain's items as the tokenizer gives them, collisions left in. [I, L]"""
-    return encode(training.model, training.catalogue, domain, CPU)[0]
 
 
 def carried(codes_IL: np.ndarray, groups_I: np.ndarray) -> float:
