@@ -87,6 +87,7 @@ class Catalogue:
         self.first_D = np.concatenate([[0], np.cumsum([domain.n_items for domain in self.domains])])
         if to_train:
             self._learn_from()
+        self.lengths_X = np.zeros(len(self), np.int32)  # 0: not known yet
         self._prompts: dict[int, Prompt] = {}
         self._held = 0
 
@@ -130,9 +131,19 @@ class Catalogue:
         return [made[row] if row in made else self._prompts[row] for row in rows.tolist()]
 
     def _make(self, rows: list[int]) -> list[Prompt]:
+        return [self.encoder.prompt(*self._read(row)) for row in rows]
+
+    def _read(self, row: int) -> tuple[np.ndarray, bytes | None]:
         """An ablation reads texts or pictures alone."""
-        texts = [self.texts[row] if self.settings.use_text else "" for row in rows]
-        return self.encoder.prompts(texts, [self.picture(row) if self.settings.use_pictures else None for row in rows])
+        tokens_T = self.text_tokens[row] if self.settings.use_text else np.empty(0, np.int32)
+        return tokens_T, self.picture(row) if self.settings.use_pictures else None
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Of the prompts, which are not made for it. A number is kept for every row: a picture's head is read once."""
+        for row in np.unique(rows[self.lengths_X[rows] == 0]):
+            held = self._prompts.get(int(row))
+            self.lengths_X[row] = self.encoder.length(*self._read(int(row))) if held is None else len(held)
+        return self.lengths_X[rows]
 
     # ------------------------------------------------------------------------------------------------------- of a step
 
@@ -191,8 +202,7 @@ class Catalogue:
 
         ``count``: so many parts, whatever their size (processes that must keep step).
         """
-        pairs = zip(self.prompts(share.items_B), self.prompts(share.neighbours_B), strict=True)
-        lengths_B = np.array([max(len(item), len(neighbour)) for item, neighbour in pairs])
+        lengths_B = np.maximum(self.lengths(share.items_B), self.lengths(share.neighbours_B))
         order_B = np.argsort(-lengths_B, kind="stable")
         return np.array_split(order_B, count or -(-len(order_B) // self.settings.tokenizer_micro))
 

@@ -86,11 +86,10 @@ def encode_rows(
     settings = model.eval().settings
     codes_XL = np.empty((len(rows_X), settings.levels), np.int32)
     t_XLD = np.empty((len(rows_X), settings.levels, settings.code_width), np.float32)
-    prompts = catalogue.prompts(rows_X)
-    order_X = np.argsort([-len(prompt) for prompt in prompts], kind="stable")
+    order_X = np.argsort(-catalogue.lengths(rows_X), kind="stable")
     for start in range(0, len(order_X), BATCH):
         places_B = order_X[start : start + BATCH]
-        batch = model.encoder.collate([prompts[place] for place in places_B]).to(device)
+        batch = model.encoder.collate(catalogue.prompts(rows_X[places_B])).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             codes_BL, t_BLD = model.codes(batch)
         codes_XL[places_B], t_XLD[places_B] = codes_BL.cpu().numpy(), t_BLD.cpu().numpy()

@@ -101,9 +101,17 @@ class Encoder(nn.Module, ABC):
     head_VD: nn.Parameter
     """The output table of the text decoder: starts as a copy of the input table and is trained apart from it."""
 
-    @abstractmethod
     def prompts(self, texts: Sequence[str], pictures: Sequence[bytes | None]) -> list[Prompt]:
         """A prompt an item. An empty text is none; a picture that no decoder reads counts as none."""
+        return [self.prompt(tokens_T, picture) for tokens_T, picture in zip(self.text_tokens(texts), pictures, strict=True)]
+
+    @abstractmethod
+    def prompt(self, tokens_T: np.ndarray, picture: bytes | None) -> Prompt:
+        """The prompt of one item, its text as ``text_tokens`` gives it. Threads may call it side by side."""
+
+    @abstractmethod
+    def length(self, tokens_T: np.ndarray, picture: bytes | None) -> int:
+        """How long ``prompt`` will be, without decoding the picture: a file that breaks off behind its head counts as whole."""
 
     @abstractmethod
     def text_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -150,11 +150,28 @@ class UniversalTokenizer(nn.Module):
             codes_BL, r_BLD, code = self.quantizer(own_BLD)
             sums["code"] = code * micro.n_items
         prefix_BLW = self.read(r_BLD)
+        sharded = self.settings.sharding != "none"
         if micro.texts:
             sums |= self.rebuild_texts(prefix_BLW, micro.texts)
+        elif self.text_decoder and sharded:
+            sums |= self.rebuild_texts(prefix_BLW, self.no_text(prefix_BLW.device))
         if micro.pictures:
             sums |= self.rebuild_pictures(prefix_BLW, micro.pictures)
+        elif self.picture_decoder and sharded:
+            pictures = self.rebuild_pictures(prefix_BLW, self.no_picture(prefix_BLW.device))
+            sums |= {name: 0.0 * of for name, of in pictures.items()}
         return Terms(h_BLD, sums, codes_BL)
+
+    def no_text(self, device: torch.device) -> TextTargets:
+        """One without a selected token. Sharded weights must be used by all processes or by none: those that have nothing take this."""
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        one = torch.zeros(1, dtype=torch.int64, device=device)
+        return TextTargets(one, one[:, None], one[:, None].bool(), none, none, 0)
+
+    def no_picture(self, device: torch.device) -> PictureTargets:
+        """As ``no_text``; what it gives must not be counted."""
+        latents_RPC = torch.zeros(1, self.latents.tokens, self.latents.channels, device=device)
+        return PictureTargets(torch.zeros(1, dtype=torch.int64, device=device), latents_RPC, 1)
 
     def rebuild_texts(self, prefix_BLW: Tensor, texts: TextTargets) -> dict[str, Tensor]:
         """Cross-entropy of the selected tokens."""

@@ -67,6 +67,18 @@ def read_picture(data: bytes, least: int, most: int) -> tuple[np.ndarray, tuple[
     return parts.transpose(0, 3, 1, 4, 6, 2, 5).reshape(4 * down * across, -1), (1, 2 * down, 2 * across)
 
 
+def picture_grid(data: bytes, least: int, most: int) -> tuple[int, int, int] | None:
+    """The grid alone, from the head of the file: what ``read_picture`` gives for a picture that can be decoded to its end."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            across, down = fitted(*picture.size, least, most)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return 1, 2 * down, 2 * across
+
+
 def normalised(patches_PC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """[P, 3 x 2 x 14 x 14]: colours, frames, pixels; each colour less its mean over its deviation."""
     mean, deviation = (torch.tensor(three, device=patches_PC.device)[:, None, None] for three in (MEAN, DEVIATION))

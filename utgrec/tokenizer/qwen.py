@@ -39,7 +39,7 @@ from utgrec.tokenizer.encoder import (
     longest_tokens,
 )
 from utgrec.tokenizer.lora import add_lora
-from utgrec.tokenizer.pictures import normalised, read_picture
+from utgrec.tokenizer.pictures import PATCH, normalised, picture_grid, read_picture
 from utgrec.tokenizer.settings import Settings
 from utgrec.tokenizer.vision_cache import VisionCache, tokens
 
@@ -220,18 +220,24 @@ class QwenEncoder(Encoder):
         cut = int(place[0]) if picture else 0
         return first[:cut], first[cut + picture :], np.concatenate([last, self.code_tokens])
 
-    def prompts(self, texts: Sequence[str], pictures: Sequence[bytes | None]) -> list[Prompt]:
-        return [self._prompt(tokens_T, picture) for tokens_T, picture in zip(self.text_tokens(texts), pictures, strict=True)]
-
-    def _prompt(self, tokens_T: np.ndarray, picture: bytes | None) -> Prompt:
+    def prompt(self, tokens_T: np.ndarray, picture: bytes | None) -> Prompt:
         seen = self._see(picture) if picture is not None else Prompt(tokens_T)
-        if seen.grid is None:
-            wording = "text_only"
-        else:
-            wording = "both" if len(tokens_T) else "picture_only"
-        before, between, behind = self._parts[wording]
+        before, between, behind = self._around(tokens_T, seen.grid)
         places_N = np.full(tokens(seen.grid), self.picture_token, np.int32)
         return Prompt(np.concatenate([before, places_N, between, tokens_T, behind]), seen.patches_PC, seen.grid, seen.features_ND)
+
+    def length(self, tokens_T: np.ndarray, picture: bytes | None) -> int:
+        grid = None
+        if picture is not None and self.cache is not None and picture in self.cache:
+            grid = (self.cache.get(picture) or (None, None))[1]
+        elif picture is not None:
+            grid = picture_grid(picture, self.settings.pixels_min, self.settings.pixels_max)
+        return sum(map(len, self._around(tokens_T, grid))) + len(tokens_T) + tokens(grid)
+
+    def _around(self, tokens_T: np.ndarray, grid: tuple[int, int, int] | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if grid is None:
+            return self._parts["text_only"]
+        return self._parts["both" if len(tokens_T) else "picture_only"]
 
     def _see(self, picture: bytes) -> Prompt:
         """A prompt of the picture alone, from the cache if it is there; without grid if it cannot be decoded."""
@@ -274,6 +280,9 @@ class QwenEncoder(Encoder):
         x_ND = self.embed(batch.tokens_BS).flatten(0, 1)
         if batch.patches_PC is not None:
             x_ND = x_ND.index_copy(0, batch.places_N, self.features(batch.patches_PC, batch.grids).to(x_ND.dtype))
+        elif self.settings.sharding == "zero3" and self.settings.use_pictures and self.cache is None:
+            # sharded weights must be used by all processes or by none
+            self.features(torch.zeros(4, 3 * PATCH**2, dtype=torch.uint8, device=x_ND.device), ((1, 2, 2),))
         if batch.features_ND is not None:
             x_ND = x_ND.index_copy(0, batch.feature_places_N, batch.features_ND.to(x_ND.dtype))
         kind = x_ND.device.type

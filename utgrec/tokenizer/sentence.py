@@ -180,10 +180,12 @@ class SentenceEncoder(Encoder):
     def text_tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
         return content_tokens(self.tokenizer, texts, self.settings.text_tokens)
 
-    def prompts(self, texts: Sequence[str], pictures: Sequence[bytes | None]) -> list[Prompt]:
+    def prompt(self, tokens_T: np.ndarray, picture: bytes | None) -> Prompt:
         """Texts are cut where the model has no more positions."""
-        cut = content_tokens(self.tokenizer, texts, self.most)
-        return [Prompt(np.concatenate([self.before, tokens_T, self.behind])) for tokens_T in cut]
+        return Prompt(np.concatenate([self.before, tokens_T[: self.most], self.behind]))
+
+    def length(self, tokens_T: np.ndarray, picture: bytes | None) -> int:
+        return len(self.before) + min(len(tokens_T), self.most) + len(self.behind)
 
     # ------------------------------------------------------------------------------------------------------- of a batch
 

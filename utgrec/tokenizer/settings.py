@@ -128,7 +128,7 @@ class Settings(Configuration):
     sharding: str = "none"
     """DeepSpeed's ZeRO stage with several GPUs."""
     workers: int = 0
-    """Processes that read and decode pictures beside the training; 0: none."""
+    """Threads that make the batches of the next step (texts masked, pictures read and decoded) beside the training; 0: none."""
 
     def check(self) -> None:
         self._at_least(1, "text_tokens", "pixels_min", "levels", "root", "leaf", "code_width", "mlp_hidden", "mask_tokens")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,6 +60,50 @@ class Schedule:
         return cls(settings.adapt_epochs, settings.adapt_learning_rate, settings.quantise_after if fresh else 0)
 
 
+class Batches:
+    """What goes through the model in a step; with ``workers``, threads make it while the step before is computed.
+
+    Decoding and resizing leave Python to the others. All that is drawn follows from (seed, step), so that threads change nothing.
+    """
+
+    def __init__(self, catalogue: Catalogue, settings: Settings, processes: Processes, parts: int, total: int):
+        """``parts`` of each process in each of the ``total`` steps."""
+        self.catalogue, self.settings, self.processes, self.parts, self.total = catalogue, settings, processes, parts, total
+        self._threads = ThreadPoolExecutor(settings.workers, "batches") if settings.workers else None
+        self._next: tuple[int, Future[tuple[int, Share, list[Future[Micro]]]]] | None = None
+        if settings.workers and settings.text_decoder:
+            _ = catalogue.text_tokens  # before there are threads
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._threads:
+            self._threads.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> tuple[int, Share, list[Micro]]:
+        """How many items the step has over all processes, this process's share, and its parts. Raises what a thread has raised."""
+        if self._threads is None:
+            items, share, places = self._plan(step)
+            return items, share, [self.catalogue.micro(share, part) for part in places]
+        if self._next is None or self._next[0] != step:
+            self._next = (step, self._threads.submit(self._begin, step))
+        items, share, micros = self._next[1].result()
+        made = [micro.result() for micro in micros]
+        self._next = (step + 1, self._threads.submit(self._begin, step + 1)) if step + 1 < self.total else None
+        return items, share, made
+
+    def _plan(self, step: int) -> tuple[int, Share, list[np.ndarray]]:
+        items = self.catalogue.step(step, self.settings.tokenizer_batch, self.processes.world * self.parts)
+        share = self.catalogue.share(items, step, self.processes.share(np.arange(len(items))))
+        return len(items), share, self.catalogue.parts(share, self.parts)
+
+    def _begin(self, step: int) -> tuple[int, Share, list[Future[Micro]]]:
+        assert self._threads is not None
+        items, share, places = self._plan(step)
+        return items, share, [self._threads.submit(self.catalogue.micro, share, part) for part in places]
+
+
 class Training:
     """The loop, and everything that decides how it goes on (its checkpoint)."""
 
@@ -89,6 +134,7 @@ class Training:
         self.codes: list[Tensor] = []
         self.checkpoint = Checkpoint(job.checkpoint, self.identity(phase))
         self.resume()
+        self.batches = Batches(catalogue, settings, processes, self.parts_of_a_step, self.total)
         self.progress = Progress(job) if processes.first else None
 
     @property
@@ -101,13 +147,14 @@ class Training:
         before, started = self.spent, time.monotonic()
         self.model.train()
         # One step at least, however small the budget.
-        while self.step == 0 or not (self.step == self.total or self.processes.agree(self.spent >= self.seconds)):
-            self.train_step()
-            if self.step == self.total or self.step % max(1, self.total // POINTS) == 0:
-                self.log()
-            self.spent = before + time.monotonic() - started
-            if self.checkpoint_due:
-                self.optimizing.save(self.checkpoint, self.state())
+        with self.batches:
+            while self.step == 0 or not (self.step == self.total or self.processes.agree(self.spent >= self.seconds)):
+                self.train_step()
+                if self.step == self.total or self.step % max(1, self.total // POINTS) == 0:
+                    self.log()
+                self.spent = before + time.monotonic() - started
+                if self.checkpoint_due:
+                    self.optimizing.save(self.checkpoint, self.state())
         if self.fresh and self.step <= self.quantise_after:  # the budget ended it before the codebooks were needed
             self.start_books()
         self.optimizing.release()
@@ -130,15 +177,13 @@ class Training:
     # ---------------------------------------------------------------------------------------------------- one step
 
     def train_step(self) -> None:
-        items = self.catalogue.step(self.step, self.settings.tokenizer_batch, self.processes.world * self.parts_of_a_step)
-        share = self.catalogue.share(items, self.step, self.processes.share(np.arange(len(items))))
+        items, share, micros = self.batches.take(self.step)
         counts = dict(zip(share.counts, self.processes.sum(*share.counts.values()), strict=True))  # of all processes
-        micros = [self.catalogue.micro(share, part) for part in self.parts(share)]
         quantise = self.step >= self.quantise_after
         if self.fresh and self.step == self.quantise_after:
             self.start_books()
         aligned = self.settings.align_weight > 0
-        gradients = self.align(micros, len(items)) if aligned and self.parts_of_a_step > 1 else None
+        gradients = self.align(micros, items) if aligned and self.parts_of_a_step > 1 else None
         for number, micro in enumerate(micros):
             terms = self.forward(number, micro, quantise=quantise)
             loss = self.weighted(terms, counts)
@@ -146,7 +191,7 @@ class Training:
             if gradients is not None:
                 loss = loss + (terms.h_BLD * gradients[number]).sum()
             elif aligned:
-                align = self.align_loss([terms.h_BLD], micros, len(items))
+                align = self.align_loss([terms.h_BLD], micros, items)
                 self.add(align=align, loss=self.settings.align_weight * align)
                 loss = loss + self.settings.align_weight * align
             self.optimizing.backward(loss, last=number == len(micros) - 1)
@@ -245,7 +290,7 @@ class Training:
     def identity(self, phase: Phase) -> dict[str, Any]:
         """What makes this training this training: a checkpoint of another one is refused."""
         return {
-            **dataclasses.asdict(self.settings),
+            **{key: value for key, value in dataclasses.asdict(self.settings).items() if key != "workers"},  # which change nothing
             "phase": phase,
             "domains": ", ".join(f"{domain.name} {domain.info['digest']}" for domain in self.catalogue.domains),
             "first weights": self.optimizing.digest,

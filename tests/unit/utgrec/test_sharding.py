@@ -92,6 +92,35 @@ def _process(rank: int, folder: Path, stage: str, world: int, port: int, changes
             assert make_encoder(tokenizer.settings, ["some text"], seed=2).head_VD.numel()
 
 
+def _uneven(rank: int, folder: Path, stage: str, port: int) -> None:
+    """The second process has neither texts nor pictures: the same, unsharded and sharded."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    found = []
+    with Processes.of("cpu") as processes:
+        for kind in ("none", stage):
+            tokenizer = training(folder / kind / str(rank), processes, sharding=kind, quantise_after=0)
+            if rank:
+                tokenizer.catalogue.text_tokens = [tokens_T[:0] for tokens_T in tokenizer.catalogue.text_tokens]
+                tokenizer.catalogue.moments = (None,) * len(tokenizer.catalogue.domains)
+                tokenizer.catalogue.picture = lambda _: None  # type: ignore[method-assign]
+            found.append(_losses(tokenizer, 3))
+            tokenizer.optimizing.release()
+            if processes.first:
+                np.savez(folder / f"{kind}.npz", losses=found[-1], **weights(tokenizer))
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_process_without_texts_and_pictures_keeps_step(tmp_path: Path, stage: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_uneven, (tmp_path, stage, port), nprocs=2)
+    with np.load(tmp_path / "none.npz") as plain, np.load(tmp_path / f"{stage}.npz") as sharded:
+        assert sharded["losses"] == pytest.approx(plain["losses"], rel=1e-3)
+        assert plain["losses"][2] < plain["losses"][0]
+
+
 def _relative(one: dict[str, np.ndarray], other: dict[str, np.ndarray], start: dict[str, np.ndarray]) -> dict[str, float]:
     """How far apart two trainings end, as a share of the way from the start, weight by weight."""
     return {
