@@ -86,13 +86,13 @@ class Step:
         self.theirs = self.world.theirs(self.ours) if name == "released" else None
         if self.theirs:  # its weights are copies: only the catalogue of ours is used from here on
             self.ours.optimizing.model = self.ours.model = self.ours.optimizing.optimizer = None  # type: ignore[assignment]
-        else:
-            self.ours.model.train()
 
     def __call__(self, step: int) -> None:
         if self.theirs:
+            self.theirs.model.train()
             self.theirs.step(share_of(self.ours, step), self.ours.drawn(0), self.ours.rate(step))
         else:
+            self.ours.model.train()
             self.ours.step = step
             self.ours.train_step()
 
