@@ -54,6 +54,7 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
+@pytest.mark.slow
 def test_threads_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a training is cut off and goes on."""
     without = run(tmp_path / "without")
