@@ -2,6 +2,7 @@
 
 harness data       import, simulate, list domains
 harness plan       what would run, what is cached and why
+harness dry-run    stages, steps and memory of a method on a suite, without data or weights
 harness run        run a suite: records, MLflow, table
 harness table      the comparison table from the records
 ...
@@ -90,6 +91,22 @@ def plan(
 
     session, runner, console = _session(suite, executor, device, (method, domain, seeds))
     raise typer.Exit(show_plan(session, runner, console))
+
+
+@app.command("dry-run", epilog="Example:  harness dry-run utgrec/paper --suite amazon2023 --devices 8 --memory 80")
+def dry_run(
+    method: Annotated[str, typer.Argument(help="NAME/CONFIG of a method that brings a dry_run.py.")],
+    suite: SuiteOption = "amazon2023",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+    devices: Annotated[int, typer.Option(min=1, help="How many train together.")] = 1,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB that a device has: does it fit?")] = None,
+) -> None:
+    """Show stages, steps and memory of a method on a suite. Starts nothing, and needs neither data nor weights."""
+    from harness.commands import dry_run as program
+    from harness.paths import Paths
+
+    how: dict[str, Any] = {"device": device, "devices": devices, "memory_gib": memory}
+    raise typer.Exit(program.dry_run(method, suite, Paths.default(), _console(), **how))
 
 
 @app.command(epilog="Example:  harness table --suite smoke")

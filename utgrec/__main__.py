@@ -2,7 +2,6 @@
 
     python -m utgrec tokenize items.parquet --tokenizer FOLDER --out ids.parquet
     python -m utgrec recommend histories.parquet --ids ids.parquet --model FOLDER --out lists.parquet
-    python -m utgrec dry-run paper --suite amazon2023 --devices 8 --memory 80
 
 Items: a table (.parquet, .csv or .jsonl) with ``item_id``, the text as ``text`` or as parts of it (``title``, ``features``, ``categories``,
 ``description``, ``brand``), and perhaps ``picture``, the path of an image file, relative to the table. Histories: ``user_id`` and
@@ -24,7 +23,6 @@ import torch
 import typer
 
 from harness.contract import ContractError, Ragged
-from harness.values import ConfigError
 from utgrec.recommender.checkpoint import open_model
 from utgrec.recommender.data import Histories
 from utgrec.recommender.decode import recommend as decode
@@ -104,24 +102,6 @@ def recommend(
     typer.echo(f"{out}: {k} items for each of {len(lists):,} users")
 
 
-@app.command("dry-run")
-def dry_run(
-    config: Annotated[str, typer.Argument(help="Configuration of utgrec/method.toml.")] = "paper",
-    suite: Annotated[str, typer.Option(help="Name in harness/suites, or a path.")] = "amazon2023",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
-    devices: Annotated[int, typer.Option(min=1, help="How many train together.")] = 1,
-    memory: Annotated[float | None, typer.Option(help="GiB that a device has.")] = None,
-) -> None:
-    """Show what a configuration would do on a suite: stages, steps, memory. Starts nothing, and needs neither data nor weights.
-
-    Example:
-      python -m utgrec dry-run paper --suite amazon2023 --devices 8 --memory 80
-    """
-    from utgrec.dry_run import make_plan, show
-
-    show(make_plan(config, suite, device=device, world=devices, memory_gib=memory))
-
-
 # ------------------------------------------------------------------------------------------------------------- files
 
 
@@ -195,7 +175,7 @@ def read_ids(path: Path) -> tuple[list[str], SemanticIds]:
 def main() -> None:
     try:
         app(standalone_mode=True)
-    except (ContractError, IdsError, ConfigError) as error:
+    except (ContractError, IdsError) as error:
         raise SystemExit(f"utgrec: {error}") from None
 
 

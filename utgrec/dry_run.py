@@ -1,26 +1,22 @@
-"""What a configuration of UTGRec would do on a suite, before anything is downloaded, prepared or trained.
+"""What a configuration of UTGRec would do, before anything is downloaded, prepared or trained: ``harness dry-run utgrec/paper``.
 
-In: a configuration of method.toml, a suite, a device and how many of them. Out: a ``Plan``: for each stage its items, training rows and
-steps, and the memory that training the tokenizer needs on a device (memory.py).
+In: a request of the harness, JSON on the standard input (``Request``). Out: a table on the standard output: for each stage its
+examples and steps, and the memory that training the tokenizer needs on a device (memory.py).
 
-Domains that are prepared are counted; of others the published counts are taken (harness/data/cards), the middle where only rounded ones
-are published. Of a model that is not on this machine the shapes are those of ``SHAPES``. Models are made without weights.
+Of a model that is not on this machine the shapes are those of ``SHAPES``. Models are made without weights.
 """
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from harness.contract import ContractError
-from harness.data.expected import expected_card
-from harness.method import load_method
-from harness.paths import Paths
-from harness.suite import load_suite
-from harness.values import ConfigError
 from utgrec.base_model import find_model
 from utgrec.recommender.model import T5
 from utgrec.recommender.processes import Processes
@@ -59,18 +55,38 @@ LATENTS = Latents(256, 16)
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a domain. ``source``: prepared, or published."""
+    """Of a domain."""
 
     name: str
     users: int
     items: int
     train_interactions: int
-    source: str
 
     @property
     def rows(self) -> int:
         """What a recommender learns to write: every training interaction but a user's first."""
         return self.train_interactions - self.users
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the harness knows (harness/commands/dry_run.py)."""
+
+    title: str
+    configuration: Mapping[str, Any]
+    stages: tuple[str, ...]
+    domains: tuple[Counts, ...]
+    pretrain: tuple[Counts, ...]
+    device: str
+    devices: int
+    precision: str
+    memory: int | None
+    """Bytes that a device has."""
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> Request:
+        counts = {name: tuple(Counts(**one) for one in raw[name]) for name in ("domains", "pretrain")}
+        return cls(**{**raw, **counts, "stages": tuple(raw["stages"])})
 
 
 @dataclass(frozen=True)
@@ -108,60 +124,32 @@ class Plan:
     """What is not known on this machine, and was taken from elsewhere."""
 
 
-def make_plan(config: str, suite: str, *, device: str, world: int = 1, memory_gib: float | None = None, paths: Paths | None = None) -> Plan:
-    """Raises ContractError or ConfigError for an unknown configuration, suite or domain."""
-    paths = paths or Paths.default()
-    method = load_method(paths.project / "utgrec", paths.project)
-    configuration, of_suite = method.config(config), load_suite(suite)
-    tokenizer, rest = Settings.take(configuration.values)
+def make_plan(request: Request) -> Plan:
+    """Raises ContractError for a configuration that is none, or a model that nobody knows."""
+    tokenizer, rest = Settings.take(request.configuration)
     recommender, rest = RecommenderSettings.take(rest)
     pretraining, _ = Pretraining.take(rest)
-    stages = [stage.name for stage in configuration.stages]
     assumed: list[str] = []
     with torch.device("meta"):
-        model = UniversalTokenizer(tokenizer, _encoder(tokenizer, torch.device(device), of_suite.precision, assumed), LATENTS)
-    trained = _trained(model)
-    sources = {name: count(name, paths) for name in dict.fromkeys((*of_suite.pretrain, *of_suite.domains))}
-    published = [name for name, counts in sources.items() if counts.source != "prepared"]
-    if published:
-        assumed.append(f"counts of {', '.join(published)}: published ones, the domains are not prepared here")
-    before = tuple(sources[name] for name in of_suite.pretrain)
-    with torch.device("meta"):
+        model = UniversalTokenizer(tokenizer, _encoder(tokenizer, torch.device(request.device), request.precision, assumed), LATENTS)
         codes = sum(width for level, width in enumerate(tokenizer.widths) if tokenizer.books.index(tokenizer.books[level]) == level)
         t5 = _trained(T5(recommender.shape(codes)))
-    work = []
-    if "pretrain_tokenizer" in stages:
+    trained, work, before = _trained(model), [], request.pretrain
+    if "pretrain_tokenizer" in request.stages:
         items = sum(counts.items for counts in before)
         work.append(Work("pretrain_tokenizer", before, "tokenizer", items, tokenizer.tokenizer_epochs, tokenizer.tokenizer_batch, trained))
-    if "pretrain_recommender" in stages:
+    if "pretrain_recommender" in request.stages:
         rows = sum(counts.rows for counts in before)
         work.append(Work("pretrain_recommender", before, "T5", rows, pretraining.pretrain_epochs, recommender.batch, t5))
-    fresh = "pretrain_tokenizer" not in stages
-    for name in of_suite.domains:
-        target = sources[name]
-        if fresh or tokenizer.adapt != "none":
+    for target in request.domains:
+        if "pretrain_tokenizer" not in request.stages or tokenizer.adapt != "none":
             work.append(Work("adapt", (target,), "tokenizer", target.items, tokenizer.adapt_epochs, tokenizer.tokenizer_batch, trained))
         work.append(Work("fit", (target,), "T5", target.rows, recommender.epochs, recommender.batch, t5))
-    processes = Processes(torch.device(device), 0, world)
     longest = tokenizer.text_tokens * tokenizer.use_text + tokenizer.pixels_max * tokenizer.use_pictures + WORDS + tokenizer.levels
-    needed = memory.estimate(model, tokenizer, processes, of_suite.precision, longest)
-    there = int(memory_gib * memory.GIB) if memory_gib else None
-    problem = memory.refusal(needed, tokenizer, there, "a device") if there is not None else ""
-    title = f"{configuration.title} on {of_suite.title}, {world} x {device}, {of_suite.precision}"
-    return Plan(title, tuple(work), needed, there, problem, tuple(assumed))
-
-
-def count(name: str, paths: Paths) -> Counts:
-    """What a domain holds, or what it will hold once it is prepared."""
-    file = paths.public(name) / "domain.json"
-    if file.exists():
-        of = json.loads(file.read_text("utf-8"))["counts"]
-        return Counts(name, of["users"], of["items"], of["train_interactions"], "prepared")
-    card = expected_card(name)
-    if card is None:
-        raise ConfigError(f"domain {name!r}: neither prepared ({file} is missing) nor among those with published counts; prepare it first")
-    of = {key: sum(between) // 2 for key, between in card.get("between", {}).items()} | card["counts"]
-    return Counts(name, of["users"], of["items"], of["interactions"] - 2 * of["users"], "published")  # two a user are held out
+    processes = Processes(torch.device(request.device), 0, request.devices)
+    needed = memory.estimate(model, tokenizer, processes, request.precision, longest)
+    problem = memory.refusal(needed, tokenizer, request.memory, "a device") if request.memory is not None else ""
+    return Plan(request.title, tuple(work), needed, request.memory, problem, tuple(assumed))
 
 
 def _trained(module: torch.nn.Module) -> int:
@@ -184,7 +172,7 @@ def _encoder(settings: Settings, device: torch.device, precision: str, assumed: 
     except ContractError:
         if settings.model not in SHAPES:
             raise
-        assumed.append(f"shapes of {settings.model}: those written down in utgrec/dry_run.py, the model is not on this machine")
+        assumed.append(f"the shapes of {settings.model} that utgrec/dry_run.py knows: the model is not on this machine")
         config = Qwen2VLConfig(**SHAPES[settings.model])
     model = Qwen2VLForConditionalGeneration(config)
     about = {"model": settings.model, "revision": settings.revision, "digest": ""}
@@ -241,3 +229,10 @@ def show(plan: Plan) -> None:
     for line in plan.assumed:
         console.print(f"Assumed: {line}.")
     console.print("Steps at most: items without a training interaction do not count, budget and early stopping end a stage sooner.")
+
+
+if __name__ == "__main__":
+    try:
+        show(make_plan(Request.of(json.load(sys.stdin))))
+    except ContractError as error:
+        raise SystemExit(str(error)) from None

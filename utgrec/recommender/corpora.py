@@ -47,12 +47,9 @@ class Corpus:
                 "use a domain with longer histories"
             )
 
-    def histories(self, inputs: Ragged, users: np.ndarray, user_tokens: int) -> Histories:
-        """What the decoder reads for these users, out of the lists of all users."""
-        lengths = inputs.lengths[users]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        index = np.repeat(inputs.offsets[users] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Histories(Ragged(inputs.values[index], offsets), self.ids, users, user_tokens=user_tokens)
+    def histories(self, inputs: Ragged, users: np.ndarray, rows: np.ndarray, user_tokens: int) -> Histories:
+        """What the decoder reads in these rows of ``inputs``, of which row v is that of user ``users[v]``."""
+        return Histories(inputs.take(rows), self.ids, users[rows], user_tokens=user_tokens)
 
 
 class Mixture:

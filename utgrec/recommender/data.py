@@ -142,11 +142,11 @@ class Histories:
 
     @classmethod
     def validation(cls, domain: Domain, ids: SemanticIds, *, user_tokens: int = 1) -> Histories:
-        return cls(domain.train, ids, np.arange(domain.n_users), domain.valid, user_tokens=user_tokens)
+        return cls(domain.valid_inputs(), ids, domain.valid_users, domain.valid, user_tokens=user_tokens)
 
     @classmethod
     def test(cls, domain: Domain, ids: SemanticIds, *, user_tokens: int = 1) -> Histories:
-        return cls(domain.test_inputs(), ids, np.arange(domain.n_users), user_tokens=user_tokens)
+        return cls(domain.test_inputs(), ids, domain.test_users, user_tokens=user_tokens)
 
     def _set(
         self,

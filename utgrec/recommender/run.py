@@ -43,15 +43,15 @@ def recommend_with(
     """
     if settings.beams < job.k:
         raise ContractError(f"beams = {settings.beams}: the job wants lists of {job.k}; use {job.k} beams or more")
-    corpus = Corpus(job.domain, ids)
+    corpus = Corpus(domain := job.domain, ids)
     with Processes.of(job.device) as processes:
         training = prepare(job, settings, [corpus], processes, init)
         meta = training.run()
-        items_UK, invalid, meta.timings["predict"] = rank(training, corpus.domain.test_inputs(), job.k)
-        valid_UK, _, meta.timings["predict_valid"] = rank(training, corpus.domain.valid_inputs(), job.k)
+        items_VK, invalid, meta.timings["predict"] = rank(training, domain.test_inputs(), domain.test_users, job.k)
+        valid_VK, _, meta.timings["predict_valid"] = rank(training, domain.valid_inputs(), domain.valid_users, job.k)
         if processes.first:
-            write_predictions(job, items_UK)
-            write_predictions(job, valid_UK, valid=True)
+            write_predictions(job, items_VK)
+            write_predictions(job, valid_VK, valid=True)
             if settings.keep_model:
                 save_model(job.output / MODEL, training.model, describe(training.model, ids, settings.user_tokens))
         meta.extra = {**record(training, init), "invalid_share_at_10": invalid, **ids.report, **(extra or {})}
@@ -86,13 +86,16 @@ def prepare(job: Job, settings: Settings, corpora: Sequence[Corpus], processes: 
     return Training(job, settings, corpora, model.to(processes.device), processes)
 
 
-def rank(training: Training, inputs: Ragged, k: int) -> tuple[np.ndarray, float, float]:
-    """Lists of all users [U, K], the share of invalid ids in the first ten places, seconds. Each process ranks its share."""
+def rank(training: Training, inputs: Ragged, users: np.ndarray, k: int) -> tuple[np.ndarray, float, float]:
+    """Lists of these users [V, K], a row of ``inputs`` each; the share of invalid ids in the first ten places; seconds.
+
+    Each process ranks its share.
+    """
     corpus, processes, settings, begin = training.corpora[0], training.processes, training.settings, time.monotonic()
-    users = processes.share(np.arange(corpus.domain.n_users))
-    lists = training.decode(corpus, training.tries[0], inputs, users, k=k, beams=settings.beams)
-    invalid, count = processes.sum(lists.invalid_10 * len(users), len(users))
-    return processes.gather_rows(lists.items_UK, corpus.domain.n_users), invalid / count, time.monotonic() - begin
+    rows = processes.share(np.arange(len(users)))
+    lists = training.decode(corpus, training.tries[0], inputs, users, rows, k=k, beams=settings.beams)
+    invalid, count = processes.sum(lists.invalid_10 * len(rows), len(rows))
+    return processes.gather_rows(lists.items_UK, len(users)), invalid / count, time.monotonic() - begin
 
 
 def record(training: Training, init: Path | None) -> dict[str, Any]:

@@ -129,10 +129,11 @@ class Training:
         """NDCG@10 of the next item over the validation users: the mean over the domains. Keeps the weights if it is the best."""
         values = []
         for corpus, trie in zip(self.corpora, self.tries, strict=True):
-            users = self.processes.share(validation_users(corpus, self.settings, self.job.seed))
-            lists = self.decode(corpus, trie, corpus.domain.valid_inputs(), users, k=10, beams=self.settings.valid_beams)
-            value = ndcg_at_10(lists.items_UK, corpus.domain.valid[users])
-            total, count = self.processes.sum(value * len(users), len(users))
+            domain, beams = corpus.domain, self.settings.valid_beams
+            rows = self.processes.share(validation_rows(corpus, self.settings, self.job.seed))
+            lists = self.decode(corpus, trie, domain.valid_inputs(), domain.valid_users, rows, k=10, beams=beams)
+            value = ndcg_at_10(lists.items_UK, domain.valid[rows])
+            total, count = self.processes.sum(value * len(rows), len(rows))
             values.append(total / count)
         self.validated = self.step
         mean = float(np.mean(values))
@@ -141,9 +142,9 @@ class Training:
             self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         self.log(valid_ndcg_at_10=mean, **each)
 
-    def decode(self, corpus: Corpus, trie: Trie, inputs: Ragged, users: np.ndarray, *, k: int, beams: int) -> Lists:
-        """The lists of these users, whose histories are among the ``inputs`` of all."""
-        histories = corpus.histories(inputs, users, self.settings.user_tokens)
+    def decode(self, corpus: Corpus, trie: Trie, inputs: Ragged, users: np.ndarray, rows: np.ndarray, *, k: int, beams: int) -> Lists:
+        """The lists for these rows of ``inputs``, which are of ``users``."""
+        histories = corpus.histories(inputs, users, rows, self.settings.user_tokens)
         how = {"constrained": self.settings.constrained, "precision": self.job.precision}
         return recommend(self.model, trie, histories, k=k, beams=beams, **how)
 
@@ -215,12 +216,12 @@ class Training:
                     )
 
 
-def validation_users(corpus: Corpus, settings: Settings, seed: int) -> np.ndarray:
-    """All users, or as many as the settings say, drawn once."""
-    users = corpus.domain.n_users
-    if not 0 < settings.valid_users < users:
-        return np.arange(users)
-    return np.sort(np.random.default_rng([seed, 3]).choice(users, settings.valid_users, replace=False))
+def validation_rows(corpus: Corpus, settings: Settings, seed: int) -> np.ndarray:
+    """Of all users that are validated, or of as many as the settings say, drawn once."""
+    rows = len(corpus.domain.valid)
+    if not 0 < settings.valid_users < rows:
+        return np.arange(rows)
+    return np.sort(np.random.default_rng([seed, 3]).choice(rows, settings.valid_users, replace=False))
 
 
 def digest(model: T5) -> str:

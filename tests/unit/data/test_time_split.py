@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ from harness.data.prepare import prepare_raw
 from harness.data.source import DataError, SourceDomain, ragged
 from harness.data.split import AMAZON2023_CUTS, Cuts, leave_one_out, split_by_time
 from harness.method import find_methods
-from harness.paths import Paths
+from harness.paths import PROJECT, Paths
 from harness.provenance import environment, environment_digests
 from harness.record import Record, read_records
 from harness.runspec import Plan
@@ -262,8 +263,9 @@ def carry_out(root: Path, folder: Path, entries: dict[str, str]) -> tuple[Paths,
     """Run methods (name -> configuration) on the domain. Records by method."""
     paths = lab.make_paths(folder, [])
     shutil.copytree(root / "domains", paths.data)
-    for name in entries:
-        shutil.copytree(lab.FAKES / name if name == "slow" else paths.project / "baselines" / name, paths.methods[0] / name)
+    if "slow" in entries:
+        shutil.copytree(lab.FAKES / "slow", paths.methods[0] / "slow")
+    paths = dataclasses.replace(paths, methods=(PROJECT / "baselines", *paths.methods))
     suite = Suite(
         name="by_time",
         title="By time",
@@ -307,20 +309,38 @@ def test_popularity_and_last_item_score_what_the_slow_protocol_says(root: Path, 
     assert table.parts[0].title == "By time (protocol time-v1)"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("method", "config"), [("recbole", "sasrec_small"), ("fmlprec", "small")])
-def test_a_trained_method_gives_newcomers_the_most_popular_items(root: Path, tmp_path: Path, method: str, config: str) -> None:
-    paths, plan, records = carry_out(root, tmp_path, {method: config})
+def trained(root: Path, folder: Path, method: str, config: str) -> tuple[Domain, Record, np.ndarray, np.ndarray]:
+    """A run's record and lists: of test users, of validation users."""
+    paths, plan, records = carry_out(root, folder, {method: config})
     assert records[method].ok, records[method].status
     domain = Domain.read(paths.public("video_games_time"))
     out = stage_folder(paths, method, plan.runs[0].stages[-1]).out
     items_VK = read_predictions(out / PREDICTIONS, domain.test_users, domain.n_items)
+    valid_VK = read_predictions(out / VALID_PREDICTIONS, domain.valid_users, domain.n_items)
+    assert (domain.test_inputs().lengths == 0).any()
+    return domain, records[method], items_VK, valid_VK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "config"), [("recbole", "sasrec_small"), ("fmlprec", "small")])
+def test_a_trained_method_gives_newcomers_the_most_popular_items(root: Path, tmp_path: Path, method: str, config: str) -> None:
+    domain, record, items_VK, valid_VK = trained(root, tmp_path, method, config)
     new = domain.test_inputs().lengths == 0
-    assert new.any()
     assert (items_VK[new] == domain.popular(50)).all()
     assert (items_VK[~new] != domain.popular(50)).any(1).all()
-    valid_VK = read_predictions(out / VALID_PREDICTIONS, domain.valid_users, domain.n_items)
-    assert records[method].training.best_valid == pytest.approx(ndcg_at_10(valid_VK, domain.valid), abs=1e-9)
+    assert record.training.best_valid == pytest.approx(ndcg_at_10(valid_VK, domain.valid), abs=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "config"), [("tiger", "tiny"), ("letter", "tiny")])
+def test_a_generative_method_writes_for_newcomers_from_nothing(root: Path, tmp_path: Path, method: str, config: str) -> None:
+    """An empty history is read as the users' token alone, and the trie is that of all items: those of nobody yet, too."""
+    domain, _, items_VK, valid_VK = trained(root, tmp_path, method, config)
+    new = domain.test_inputs().lengths == 0
+    for lists_VK in (items_VK, valid_VK):
+        assert (np.sort(lists_VK[:, : domain.n_items]) == np.arange(domain.n_items)).all()  # every item once: there are fewer than K
+    assert (items_VK[new] == items_VK[new][0]).all()
+    assert (items_VK[~new] != items_VK[new][0]).any(1).mean() > 0.9
 
 
 # ------------------------------------------------------------------------------------------------ cards, exports, misuse

@@ -196,7 +196,7 @@ def test_the_best_weights_are_kept_and_validation_is_over_all_users(tmp_path: Pa
     assert len(values) == 14
     assert meta.best_valid == max(values) > values[-1]  # the end is not the best, or this proves nothing
     domain = corpus.domain
-    histories = corpus.histories(domain.valid_inputs(), np.arange(domain.n_users), 1)
+    histories = corpus.histories(domain.valid_inputs(), domain.valid_users, np.arange(domain.n_users), 1)
     lists = recommend(runs.model, runs.tries[0], histories, k=10, beams=10)
     assert ndcg_at_10(lists.items_UK, domain.valid) == pytest.approx(meta.best_valid)
     assert (meta.steps, meta.epochs, meta.stopped_by) == (14 * runs.mixture.steps_per_epoch, 14, "epochs")
@@ -222,11 +222,11 @@ def test_validation_of_several_domains_is_their_mean_each_with_its_own_trie(tmp_
 
 def test_a_drawn_part_of_the_validation_users(tmp_path: Path, corpus: Corpus) -> None:
     settings = Settings.of(small.TINY | {"valid_users": 20})
-    users = train.validation_users(corpus, settings, seed=1)
-    assert len(np.unique(users)) == 20
-    assert np.array_equal(users, train.validation_users(corpus, settings, seed=1))
-    assert not np.array_equal(users, train.validation_users(corpus, settings, seed=2))
-    assert len(train.validation_users(corpus, Settings.of(small.TINY | {"valid_users": 10**6}), seed=1)) == small.USERS
+    rows = train.validation_rows(corpus, settings, seed=1)
+    assert len(np.unique(rows)) == 20
+    assert np.array_equal(rows, train.validation_rows(corpus, settings, seed=1))
+    assert not np.array_equal(rows, train.validation_rows(corpus, settings, seed=2))
+    assert len(train.validation_rows(corpus, Settings.of(small.TINY | {"valid_users": 10**6}), seed=1)) == small.USERS
 
 
 def test_the_last_weights_are_validated_where_the_epochs_are_no_multiple(tmp_path: Path, corpus: Corpus) -> None:

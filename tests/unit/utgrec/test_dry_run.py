@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from harness.paths import PROJECT, Paths
-from harness.values import ConfigError
+from harness.method import load_method
+from harness.paths import PROJECT
 from tests.unit.utgrec import small
-from utgrec import dry_run
+from utgrec.dry_run import Counts, Plan, Request, make_plan
 from utgrec.recommender.corpora import Corpus, Mixture
 from utgrec.semantic_ids import SemanticIds
 
-
-def prepared() -> Paths:
-    """Where the two simulated domains of these tests lie."""
-    root = small.domains()[0].path.parent.parent
-    return Paths(PROJECT, root, root / "results", ())
+METHOD = load_method(PROJECT / "utgrec", PROJECT)
 
 
-def suite(folder: Path) -> str:
-    names = [domain.name for domain in small.domains()]
-    text = f"""name = "two"\ntitle = "Two"\ndomains = ["{names[0]}"]\npretrain = {names!r}\nseeds = 1\n[budget]\nseconds = 60\n
-[[run]]\nmethod = "utgrec"\nconfigs = ["tiny"]\n"""
-    file = folder / "two.toml"
-    file.write_text(text.replace("'", '"'))
-    return str(file)
+def planned(config: str, **changes: Any) -> Plan:
+    """On the two simulated domains of these tests; the first is the target."""
+    of = METHOD.config(config)
+    counts = tuple(Counts(d.name, d.n_users, d.n_items, len(d.train.values)) for d in small.domains())
+    stages = tuple(stage.name for stage in of.stages)
+    request = Request("two domains", of.values, stages, counts[:1], counts, "cpu", 1, "fp32", None)
+    return make_plan(dataclasses.replace(request, **changes))
 
 
 def test_steps_are_those_of_the_real_training(tmp_path: Path) -> None:
-    plan = dry_run.make_plan("tiny", suite(tmp_path), device="cpu", paths=prepared())
-    pretrain, pretrain_t5, adapt, fit = plan.work
+    pretrain, pretrain_t5, adapt, fit = planned("tiny").work
     both = small.training(tmp_path, tokenizer_epochs=pretrain.epochs, tokenizer_batch=pretrain.batch)
     assert len(both.catalogue.train_X) <= pretrain.examples == len(both.catalogue)  # some items are in no training interaction
     assert both.total <= pretrain.steps <= both.total + pretrain.epochs
@@ -51,47 +49,69 @@ def some_ids(items: int) -> SemanticIds:
     return SemanticIds.of(np.stack(np.unravel_index(np.arange(items), (8, 8, 8)), 1), (8, 8, 8), (0, 1, 1))
 
 
-def test_the_papers_size(tmp_path: Path) -> None:
+def test_the_papers_size() -> None:
     """Against counts by hand: two tables of 151,661 x 1536 are most of what is trained; LoRA on 7 linear layers of each of 28 layers."""
-    plan = dry_run.make_plan("paper", "amazon2023", device="cuda", world=8, memory_gib=80, paths=prepared())
+    on_gpus = {"device": "cuda", "devices": 8, "precision": "bf16"}
+    plan = planned("paper", **on_gpus, memory=80 << 30)
     tables = 2 * 151_661 * 1536
     lora = 28 * 8 * (2 * (1536 + 1536) + 2 * (1536 + 256) + 2 * (1536 + 8960) + (8960 + 1536))
     assert 0 < plan.work[0].trained - tables - lora < 0.2 * tables  # decoders, MLP, codebooks
-    assert [work.stage for work in plan.work] == ["pretrain_tokenizer", "pretrain_recommender", *["adapt", "fit"] * 4]
-    assert plan.work[0].examples == sum(counts.items for counts in plan.work[0].domains)
-    assert plan.work[3].examples == 511_836 - 3 * 57_439  # Musical_Instruments, all published
+    assert [work.stage for work in plan.work] == ["pretrain_tokenizer", "pretrain_recommender", "adapt", "fit"]
     assert not plan.problem
-    assert any("Qwen2-VL-2B" in line for line in plan.assumed)
-    less = dry_run.make_plan("paper", "amazon2023", device="cuda", memory_gib=24, paths=prepared())
-    assert "tokenizer_micro = " in less.problem
+    assert "Qwen2-VL-2B" in plan.assumed[0]
+    assert "tokenizer_micro = " in planned("paper", **on_gpus, memory=24 << 30).problem
 
 
-def test_ablations_leave_their_stages_out(tmp_path: Path) -> None:
-    scratch, none = (
-        dry_run.make_plan(name, suite(tmp_path), device="cpu", paths=prepared())
-        for name in ("tiny_recommender_from_scratch", "tiny_no_pretraining")
-    )
-    assert [work.stage for work in scratch.work] == ["pretrain_tokenizer", "adapt", "fit"]
-    assert [work.stage for work in none.work] == ["adapt", "fit"]
-    kept = dry_run.make_plan("tiny_not_adapted", suite(tmp_path), device="cpu", paths=prepared())
-    assert [work.stage for work in kept.work] == ["pretrain_tokenizer", "pretrain_recommender", "fit"]
+@pytest.mark.parametrize(
+    ("config", "stages"),
+    [
+        ("tiny_recommender_from_scratch", ["pretrain_tokenizer", "adapt", "fit"]),
+        ("tiny_no_pretraining", ["adapt", "fit"]),
+        ("tiny_not_adapted", ["pretrain_tokenizer", "pretrain_recommender", "fit"]),
+    ],
+)
+def test_ablations_leave_their_stages_out(config: str, stages: list[str]) -> None:
+    assert [work.stage for work in planned(config).work] == stages
 
 
-def test_an_unknown_domain_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sim_\w+.*neither prepared"):
-        dry_run.make_plan("tiny", "smoke", device="cpu", paths=Paths(PROJECT, tmp_path, tmp_path, ()))
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
-def test_the_command(tmp_path: Path) -> None:
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "utgrec", "dry-run", *words], cwd=PROJECT, capture_output=True, text=True)
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "harness.cli", "dry-run", *words]
+    environment = {"HARNESS_DATA": str(folder), "COLUMNS": "100", "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, env=environment)
 
-    done = run("text", "--memory", "4")
+
+def test_the_command_takes_published_counts_where_nothing_is_prepared(tmp_path: Path) -> None:
+    done = run(tmp_path, "utgrec/text", "--memory", "4")
     assert done.returncode == 0, done.stderr
-    assert "pretrain_recommender" in done.stdout
+    lines = {tuple(line.split()[:2]): line.split()[2:] for line in done.stdout.splitlines()}
+    assert lines["fit", "musical_instruments"][0] == f"{511_836 - 3 * 57_439:,}"
+    assert lines["adapt", "musical_instruments"][0] == "24,587"
     assert "tokenizer_micro = " in done.stdout
-    wrong = run("papr")
-    assert wrong.returncode == 1
-    assert wrong.stderr.startswith("utgrec: ")
-    assert "papr" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    assert "Published counts" in done.stdout
+
+
+def test_the_command_counts_what_is_prepared(tmp_path: Path) -> None:
+    (tmp_path / "video_games" / "public").mkdir(parents=True)
+    counts = {"users": 10, "items": 77, "interactions": 70, "train_interactions": 50}
+    (tmp_path / "video_games" / "public" / "domain.json").write_text(json.dumps({"counts": counts}))
+    lines = {tuple(line.split()[:2]): line.split()[2:] for line in run(tmp_path, "utgrec/text").stdout.splitlines()}
+    assert (lines["adapt", "video_games"][0], lines["fit", "video_games"][0]) == ("77", "40")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["utgrec/papr"], "'papr'"),
+        (["utgrek/paper"], "'utgrek'"),
+        (["popularity"], "popularity has no dry_run.py"),
+        (["utgrec/tiny", "--suite", "smoke"], "neither prepared"),
+    ],
+)
+def test_a_wrong_request_is_one_line(tmp_path: Path, words: list[str], said: str) -> None:
+    done = run(tmp_path, *words)
+    assert done.returncode != 0
+    assert said in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
