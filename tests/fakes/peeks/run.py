@@ -1,4 +1,4 @@
-"""Transition counts over training *and* validation items: what loo-v1 forbids."""
+"""Transition counts over training *and* validation items: what both protocols forbid."""
 
 import numpy as np
 
@@ -7,9 +7,9 @@ from harness.contract import Job, Meta, main, write_predictions
 
 def fit(job: Job) -> None:
     domain = job.domain
-    everything = domain.train.append(domain.valid)
+    everything = domain.train.join(domain.window)
     inside = np.ones(len(everything.values), bool)
-    inside[everything.offsets[1:] - 1] = False
+    inside[everything.offsets[1:][everything.lengths > 0] - 1] = False
     counts_II = np.zeros((domain.n_items, domain.n_items))
     before = np.flatnonzero(inside)
     np.add.at(counts_II, (everything.values[before], everything.values[before + 1]), 1)
