@@ -46,9 +46,7 @@ def dry_run(name: str, suite_name: str, paths: Paths, console: Console, *, devic
     config = method.config(config_name or next(iter(method.configs)))
     program = method.folder / PROGRAM
     if not program.is_file():
-        raise ConfigError(
-            f"{method.name} has no {PROGRAM}: it cannot say what it would do; `harness plan` shows its runs"
-        )
+        raise ConfigError(f"{method.name} has no {PROGRAM}: it cannot say what it would do; `harness plan` shows its runs")
     found = {domain: count(domain, paths) for domain in dict.fromkeys((*suite.pretrain, *suite.domains))}
 
     def told(domains: tuple[str, ...]) -> list[dict[str, object]]:
