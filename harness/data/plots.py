@@ -12,6 +12,10 @@ from html import escape
 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 40
+HEAD = 20
+"""Of a legend, above the plot: no bar reaches it."""
+LETTER = 7.5
+"""Width of a letter, at most."""
 
 
 def bars(
@@ -38,7 +42,7 @@ def bars(
         parts.append(_text(LEFT + (place + 0.5) * step, HEIGHT - BOTTOM + 16, labels[place], "middle"))
     if second:
         parts.append(_legend(names))
-    return _svg(parts, label)
+    return _svg(parts, label, HEAD if second else 0)
 
 
 def curve(points: Sequence[Sequence[int]], *, label: str, marks: Sequence[tuple[int, str]] = ()) -> str:
@@ -101,11 +105,10 @@ def _bar(x: float, width: float, value: int, top: float, kind: str) -> str:
 
 
 def _legend(names: tuple[str, str]) -> str:
-    first, second = (escape(name) for name in names)
-    at = LEFT + 12
-    return (
-        f'<rect class="bar" x="{at}" y="{TOP}" width="10" height="10"/>{_text(at + 15, TOP + 9, first, "start")}'
-        f'<rect class="second" x="{at}" y="{TOP + 16}" width="10" height="10"/>{_text(at + 15, TOP + 25, second, "start")}'
+    places = (LEFT, LEFT + 35 + LETTER * len(names[0]))
+    return "".join(
+        f'<rect class="{kind}" x="{at:.0f}" y="{4 - HEAD}" width="10" height="10"/>{_text(at + 15, 13 - HEAD, name, "start")}'
+        for kind, at, name in zip(("bar", "second"), places, names, strict=True)
     )
 
 
@@ -113,7 +116,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
+def _svg(parts: Sequence[str], label: str, head: int = 0) -> str:
     base = f'<line class="axis" x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}"/>'
     title = _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, label, "middle")
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">{"".join(parts)}{base}{title}</svg>'
+    return f'<svg viewBox="0 {-head} {WIDTH} {HEIGHT + head}" role="img" aria-label="{escape(label)}">{"".join(parts)}{base}{title}</svg>'
