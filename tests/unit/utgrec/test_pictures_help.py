@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.utgrec.planted import World, carried, ids_of, interval, tokenizer, worlds
+from tests.unit.utgrec.worlds import World, carried, ids_of, interval, tokenizer, worlds
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 """The curve's file stays open for the life of a process, and this process sees many runs."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.unit.utgrec.planted import World, interval, tokenizer, worlds
+from tests.unit.utgrec.worlds import World, interval, tokenizer, worlds
 from utgrec.tokenizer.train import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.utgrec.planted import carried, ids_of, tokenizer, worlds
+from tests.unit.utgrec.worlds import carried, ids_of, tokenizer, worlds
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 """The curve's file stays open for the life of a process, and this process sees many runs."""
