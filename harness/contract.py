@@ -261,6 +261,10 @@ class Ragged:
         values[first], values[~first] = self.values, other.values
         return Ragged(values, offsets)
 
+    def filled(self) -> Ragged:
+        """The lists that are not empty, in their order."""
+        return self.take(np.flatnonzero(self.lengths))
+
     def take(self, rows: np.ndarray) -> Ragged:
         """The lists ``rows``, in this order."""
         lengths = self.lengths[rows]
@@ -421,14 +425,28 @@ class Domain:
             return self.train.append(self.valid).last(history)
         return self.train.join(self._window).last(history).take(self.test_users)
 
+    def lists(self, inputs: Ragged, k: int, rank: Callable[[], np.ndarray]) -> np.ndarray:
+        """Lists for all ``inputs`` [V, K] of a method that needs an item to start from: what ``rank`` gives for those that are not empty
+        [N, K], in their order, and ``popular`` for the others (``time-v1`` has such, and ``rank`` is not called if there is nothing else).
+        """
+        there = np.flatnonzero(inputs.lengths)
+        items_VK = np.tile(self.popular(k), (len(inputs), 1))
+        if len(there):
+            items_VK[there] = rank()
+        return items_VK
+
+    @functools.cached_property
+    def by_popularity(self) -> np.ndarray:
+        """All items, those with the most training interactions first [I], ties to the smaller number."""
+        return np.argsort(-np.bincount(self.train.values, minlength=self.n_items), kind="stable")
+
     def popular(self, k: int) -> np.ndarray:
-        """The ``k`` items with the most training interactions [K], ties to the smaller number, -1 where there are fewer items.
+        """The first ``k`` by popularity [K], -1 where there are fewer items.
 
         What a method that needs an input gives to users who have none (``time-v1``).
         """
-        order_I = np.argsort(-np.bincount(self.train.values, minlength=self.n_items), kind="stable")
         list_K = np.full(k, -1, np.int32)
-        list_K[: min(k, self.n_items)] = order_I[:k]
+        list_K[: min(k, self.n_items)] = self.by_popularity[:k]
         return list_K
 
 
@@ -531,16 +549,13 @@ def write_predictions(job: Job, items_VK: np.ndarray, *, valid: bool = False) ->
         domain = job.domain
         users_V = (domain.valid_users if valid else domain.test_users).astype(np.int32)
         if len(users_V) != len(items_VK):
-            raise ContractError(f"{len(items_VK)} lists for {len(users_V)} users; write one for each of domain.{_rows(valid)}, in order")
+            whose = "domain.valid_users" if valid else "domain.test_users"
+            raise ContractError(f"{len(items_VK)} lists for {len(users_V)} users; write one for each of {whose}, in order")
     path = job.output / (VALID_PREDICTIONS if valid else PREDICTIONS)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
         np.savez_compressed(file, users=users_V, items=items_VK)
     os.replace(temporary, path)
-
-
-def _rows(valid: bool) -> str:
-    return "valid_users" if valid else "test_users"
 
 
 @dataclass

@@ -20,8 +20,7 @@ from harness.contract import ContractError
 from utgrec.base_model import find_model
 from utgrec.recommender.model import T5
 from utgrec.recommender.processes import Processes
-from utgrec.recommender.settings import Settings as RecommenderSettings
-from utgrec.run import Pretraining
+from utgrec.run import settings_of
 from utgrec.tokenizer import memory
 from utgrec.tokenizer.encoder import Encoder, make_encoder
 from utgrec.tokenizer.model import Latents, UniversalTokenizer
@@ -126,9 +125,7 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Raises ContractError for a configuration that is none, or a model that nobody knows."""
-    tokenizer, rest = Settings.take(request.configuration)
-    recommender, rest = RecommenderSettings.take(rest)
-    pretraining, _ = Pretraining.take(rest)
+    tokenizer, recommender, pretraining = settings_of(request.configuration)
     assumed: list[str] = []
     with torch.device("meta"):
         model = UniversalTokenizer(tokenizer, _encoder(tokenizer, torch.device(request.device), request.precision, assumed), LATENTS)

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from utgrec.tokenizer.vae import Moments, make_vae
 
 from harness.contract import Domain, Job, Meta, Progress, main, skip
 from utgrec.configuration import Configuration, refuse
@@ -39,6 +39,7 @@ from utgrec.tokenizer.encoder import make_encoder
 from utgrec.tokenizer.model import Latents, UniversalTokenizer
 from utgrec.tokenizer.settings import Settings
 from utgrec.tokenizer.train import Phase, Training
+from utgrec.tokenizer.vae import Moments, make_vae
 
 TOKENIZER, IDS = "tokenizer", "ids.npz"
 
@@ -71,8 +72,8 @@ STAGE_KEYS = {
 """What decides the outcome of a stage: its ``uses`` in method.toml."""
 
 
-def settings_of(job: Job) -> tuple[Settings, RecommenderSettings, Pretraining]:
-    tokenizer, rest = Settings.take(job.configuration)
+def settings_of(configuration: Mapping[str, Any]) -> tuple[Settings, RecommenderSettings, Pretraining]:
+    tokenizer, rest = Settings.take(configuration)
     recommender, rest = RecommenderSettings.take(rest)
     pretraining, rest = Pretraining.take(rest)
     refuse(rest, (*TOKENIZER_KEYS, *RECOMMENDER_KEYS, *PRETRAINING_KEYS))
@@ -83,7 +84,7 @@ def settings_of(job: Job) -> tuple[Settings, RecommenderSettings, Pretraining]:
 
 
 def pretrain_tokenizer(job: Job) -> None:
-    settings, *_ = settings_of(job)
+    settings, *_ = settings_of(job.configuration)
     domains = [Domain.read(reference.path) for reference in job.domains]
     with Processes.of(job.device) as processes:
         model, meta = train_tokenizer(job, settings, domains, processes, "pretrain")
@@ -93,7 +94,7 @@ def pretrain_tokenizer(job: Job) -> None:
 
 
 def pretrain_recommender(job: Job) -> None:
-    settings, recommender, pretraining = settings_of(job)
+    settings, recommender, pretraining = settings_of(job.configuration)
     domains = [Domain.read(reference.path) for reference in job.domains]
     with Processes.of(job.device) as processes:
         model = saved.load(job.inputs["pretrain_tokenizer"] / TOKENIZER, settings, device=processes.device, precision=job.precision)
@@ -105,7 +106,7 @@ def pretrain_recommender(job: Job) -> None:
 
 
 def adapt(job: Job) -> None:
-    settings, *_ = settings_of(job)
+    settings, *_ = settings_of(job.configuration)
     before = job.inputs.get("pretrain_tokenizer")
     with Processes.of(job.device) as processes:
         if before and settings.adapt == "none":
@@ -129,7 +130,7 @@ def adapt(job: Job) -> None:
 
 
 def fit(job: Job) -> None:
-    _, recommender, _ = settings_of(job)
+    _, recommender, _ = settings_of(job.configuration)
     ids = SemanticIds.load(job.inputs["adapt"] / IDS)
     # The budget is the run's: what adaptation has taken is not there any more for the recommender.
     left = job.budget.seconds - float(ids.report["tokenizer_seconds"])

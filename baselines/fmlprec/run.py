@@ -63,10 +63,10 @@ def fit(job: Job) -> None:
     meta = training.run()
 
     start = time.monotonic()
-    items_UK = lists_for(training.model, domain, domain.test_inputs(), job.k)
+    items_UK = training.lists(domain.test_inputs(), job.k)
     meta.timings["predict"] = time.monotonic() - start
     write_predictions(job, items_UK)
-    write_predictions(job, lists_for(training.model, domain, domain.valid_inputs(), job.k), valid=True)
+    write_predictions(job, training.lists(domain.valid_inputs(), job.k), valid=True)
     meta.write(job)
 
 
@@ -93,6 +93,7 @@ class Training:
         if saved:
             self.restore(saved, stopping)
         valid_inputs = self.domain.valid_inputs()
+        valid_NL = ids(valid_inputs.filled())
 
         while self.epoch < settings.epochs and not (self.epoch and stopping.stop):  # one step at least, however small the budget
             start = time.monotonic()
@@ -100,7 +101,7 @@ class Training:
             self.epoch += 1
             last = self.epoch == settings.epochs or job.remaining <= 0
             if last or self.epoch % settings.eval_every == 0:
-                metrics["valid_ndcg_at_10"] = ndcg_at_10(lists_for(self.model, self.domain, valid_inputs, 10), self.domain.valid)
+                metrics["valid_ndcg_at_10"] = ndcg_at_10(self.lists(valid_inputs, 10, valid_NL), self.domain.valid)
                 if stopping.improved(metrics["valid_ndcg_at_10"]):
                     self.best = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
             progress.log(self.epoch, of=settings.epochs, **metrics)
@@ -118,6 +119,11 @@ class Training:
             precision=job.precision,
             **stopping.meta,
         )
+
+    def lists(self, inputs: Ragged, k: int, filled_NL: torch.Tensor | None = None) -> np.ndarray:
+        """The K best items of every input. A filter needs something to filter; ``filled_NL``: ``ids`` of the inputs with an item."""
+        filled_NL = ids(inputs.filled()) if filled_NL is None else filled_NL
+        return self.domain.lists(inputs, k, lambda: rank(self.model, filled_NL, k))
 
     def train_epoch(self, job: Job) -> float:
         """One pass over the rows, cut short when the budget is spent. Returns the mean loss of its steps."""
@@ -181,15 +187,6 @@ class Training:
 def ids(inputs: Ragged) -> torch.Tensor:
     """Histories as the model wants them [lists, L]: item number + 1, filled up with 0 at the left."""
     return torch.from_numpy(inputs.padded(HISTORY, left=True).astype(np.int64) + 1)
-
-
-def lists_for(model: FMLPRec, domain: Domain, inputs: Ragged, k: int) -> np.ndarray:
-    """The K best items of every input [lists, K]. A filter needs something to filter: an empty input (time-v1) gets the most popular."""
-    there = np.flatnonzero(inputs.lengths)
-    items_VK = np.tile(domain.popular(k), (len(inputs), 1))
-    if len(there):
-        items_VK[there] = rank(model, ids(inputs.take(there)), k)
-    return items_VK
 
 
 @torch.no_grad()

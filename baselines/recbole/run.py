@@ -52,18 +52,13 @@ def fit(job: Job) -> None:
     import numpy as np
     from train import fit_epochs, rank
 
-    def part(users: np.ndarray, inputs: Ragged) -> tuple[int, np.ndarray, Any]:
-        """How many rows there are, which of them have an input, and these in RecBole's form."""
-        there = np.flatnonzero(inputs.lengths)
-        return len(inputs), there, library.interaction(config, inputs.take(there), users=users[there])
+    def part(users: np.ndarray, inputs: Ragged) -> tuple[Ragged, Any]:
+        """The inputs, and those that are not empty in RecBole's form: these models need an item."""
+        return inputs, library.interaction(config, inputs.filled(), users=users[inputs.lengths > 0])
 
-    def lists(rows: tuple[int, np.ndarray, Any], k: int) -> np.ndarray:
-        """The K best items of every row; these models need an input, and who has none (time-v1) gets the most popular items."""
-        count, there, batch = rows
-        items_VK = np.tile(domain.popular(k), (count, 1))
-        if len(there):
-            items_VK[there] = rank(trainer.model, batch, domain.n_items, k)
-        return items_VK
+    def lists(rows: tuple[Ragged, Any], k: int) -> np.ndarray:
+        inputs, batch = rows
+        return domain.lists(inputs, k, lambda: rank(trainer.model, batch, domain.n_items, k))
 
     valid_rows, test_rows = part(domain.valid_users, domain.valid_inputs()), part(domain.test_users, domain.test_inputs())
 

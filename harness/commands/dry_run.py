@@ -21,11 +21,10 @@ from rich.console import Console
 from harness.data.expected import expected_card
 from harness.method import find_methods
 from harness.paths import Paths
-from harness.suite import load_suite
+from harness.suite import GIB, load_suite
 from harness.values import ConfigError, nearest
 
 PROGRAM = "dry_run.py"
-GIB = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)

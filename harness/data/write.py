@@ -43,9 +43,9 @@ def write_parts(
 ) -> DomainSummary:
     check_source(source)
     item_order, item_number = hash_order(source.item_ids, "item")
-    kept = np.flatnonzero(source.sequences.lengths >= MIN_HISTORY[PROTOCOL if cuts is None else TIME])
+    shortest = MIN_HISTORY[PROTOCOL if cuts is None else TIME]
+    kept = np.flatnonzero(source.sequences.lengths >= shortest)
     if not len(kept):
-        shortest = MIN_HISTORY[PROTOCOL if cuts is None else TIME]
         raise DataError(f"no user has {shortest} interactions or more: there is nothing to split into training, validation and test")
     user_rows = kept[hash_order([source.user_ids[row] for row in kept], "user")[0]]
     histories, index = take(source.sequences, user_rows)
@@ -54,8 +54,7 @@ def write_parts(
     split = leave_one_out(histories) if cuts is None else split_by_time(histories, times, cuts)
 
     summary = _write_public(folder / "public", name, source, split, tie_rate(histories, times), item_order, pictures, simulated)
-    below = {f"users_below_{MIN_HISTORY[split.protocol]}": len(source.user_ids) - len(user_rows)}
-    dropped = {**below, **source.dropped, **split.dropped}
+    dropped = {f"users_below_{shortest}": len(source.user_ids) - len(user_rows), **source.dropped, **split.dropped}
     info = {"schema": SCHEMA, "public_digest": summary.digest, "source": source.source, "dropped": dropped}
     _write_private(folder / "private", source, split, times, user_rows, item_order, info)
     if oracle is not None:

@@ -215,9 +215,6 @@ class Training:
         self.model.train()
         return torch.from_numpy(self.processes.gather_rows(mine_XLD, len(rows_X))).to(self.processes.device)
 
-    def parts(self, share: Share) -> list[np.ndarray]:
-        return self.catalogue.parts(share, self.parts_of_a_step)
-
     def forward(self, number: int, micro: Micro, **how: bool) -> Any:
         """``number``: of the part, which draws the same however often it goes through the model."""
         torch.manual_seed(self.drawn(number))
