@@ -1,7 +1,7 @@
 """Files of JSON lines, plain or gzipped: read in blocks of whole lines, and decoded while the next block is read.
 
-In: a path and what to do with a block. Out: results in order of the file. The calling thread reads and decompresses, two others decode;
-memory is a few blocks, whatever the file's size.
+In: a path and what to do with a block. Out: results in order of the file. This process reads and decompresses; other processes decode
+what they can take, and this one the rest. Memory is a few blocks, whatever the file's size.
 
 Decoding is quick and strict: a block in which a wanted field has another type, a line is not one object, or anything looks odd is not
 decoded but handed back, and ``records`` goes through it line by line with the standard library, which decides and names the line.
@@ -14,27 +14,37 @@ import contextlib
 import ctypes
 import functools
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 from isal import isal_zlib
 
+from harness.data.decoder_process import DecoderProcess, Pending
 from harness.data.source import DataError
 
 T = TypeVar("T")
+Decode = Callable[[memoryview, np.ndarray], T]
+"""Makes something of a block, given the places of its line ends; raises Refused where it cannot say what the block holds."""
 GzipError: Any = isal_zlib.error  # a class, whatever its stub says
 BLOCK = 4 << 20
-"""Bytes of a block, about. Decoding holds the interpreter's lock for a block, so larger ones make the threads wait for each other."""
+"""Bytes of a block, about."""
 LONGEST = 1 << 28
 """Bytes of a line. The longest of the release are below a megabyte; a file without line ends is not read into memory."""
-THREADS = 2
-AHEAD = 2 * THREADS
+PROCESSES = 3
+"""That decode beside this one, at most: more would wait for the decompression."""
+LARGE = 48 << 20
+"""Bytes of text from which on they are started."""
+GZIPPED = 4
+"""What a byte of a gzipped file counts for."""
+SMALL = 64 << 10
+"""Bytes of a block that is not worth handing over."""
+AHEAD = 16
 """Blocks that wait to be decoded or taken."""
 BOM = b"\xef\xbb\xbf"
 NEWLINE, RETURN, OPEN, CLOSE = (ord(c) for c in "\n\r{}")
@@ -113,15 +123,55 @@ def _gunzip(path: Path) -> Iterator[bytes]:
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def decoded(path: Path, decode: Callable[[memoryview, np.ndarray], T]) -> Iterator[tuple[int, memoryview, T | None]]:
-    """(number of its first line, block, what ``decode`` makes of it) for each block, in order of the file.
+def decoded(path: Path, make: Callable[..., Decode[T]], *args: Any) -> Iterator[tuple[int, memoryview, T | None]]:
+    """(number of its first line, block, what the decoder makes of it) for each block, in order of the file.
 
-    ``decode(block, ends)`` gets the places of the line ends and runs in another thread, several blocks at a time. None instead of its
-    result: it refused, or not every line looks like one object in UTF-8; go through ``records`` then. Raises DataError for an empty
-    and for a damaged file.
+    ``make(*args)`` gives the decoder, which gets a block and the places of its line ends; for a large file it is also called in other
+    processes, so it stands in a module and ``args`` can be pickled. None instead of a result: the decoder refused, or not every line
+    looks like one object in UTF-8; go through ``records`` then. Raises DataError for an empty and for a damaged file.
     """
+    work = _worker(make, args)
+    waiting: deque[tuple[memoryview, _Done[T] | Pending[tuple[int, T | None]]]] = deque()
+    line = 1
+    damage: Damaged | None = None
+    with contextlib.ExitStack() as stack:
+        others = [stack.enter_context(DecoderProcess(_worker, make, args)) for _ in range(_processes(path))]
+        reader = blocks(path)
+        more = True
+        while more or waiting:
+            try:
+                if more:
+                    block = next(reader)
+                    here = functools.partial(work, block)
+                    other = next((one for one in others if len(block) >= SMALL and one.takes(block)), None)
+                    waiting.append((block, other.submit(block, here) if other else _Done(here())))
+            except StopIteration:
+                more = False
+            except Damaged as error:
+                more, damage = False, error
+            while waiting and (not more or len(waiting) > AHEAD or waiting[0][1].ready()):
+                block, found = waiting.popleft()
+                count, result = found.result()
+                yield line, block, result
+                line += count
+    if damage:
+        raise DataError(f"{path} after line {line - 1}: {damage}; fetch it again")
+    if line == 1:
+        raise DataError(f"{path} is empty; fetch it again")
+
+
+def _processes(path: Path) -> int:
+    """How many processes decode beside this one: none for a file that is done before they have started."""
+    large = path.stat().st_size * (GZIPPED if path.suffix == ".gz" else 1) >= LARGE
+    return min(len(os.sched_getaffinity(0)) - 1 if hasattr(os, "sched_getaffinity") else 1, PROCESSES) if large else 0
+
+
+def _worker(make: Callable[..., Decode[T]], args: tuple[Any, ...]) -> Callable[[memoryview], tuple[int, T | None]]:
+    _keep_freed_memory()
+    decode = make(*args)
 
     def work(block: memoryview) -> tuple[int, T | None]:
+        """How many lines the block has, and what the decoder makes of them."""
         ends = np.flatnonzero(np.frombuffer(block, np.uint8) == NEWLINE)
         if not _plausible(block, ends):
             return len(ends), None
@@ -130,31 +180,20 @@ def decoded(path: Path, decode: Callable[[memoryview, np.ndarray], T]) -> Iterat
         except (Refused, RecursionError):
             return len(ends), None
 
-    _keep_freed_memory()
-    line = 1
-    waiting: deque[tuple[memoryview, Future[tuple[int, T | None]]]] = deque()
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="jsonl") as pool:
-        reader = blocks(path)
-        damage: Damaged | None = None
-        more = True
-        while more or waiting:
-            try:
-                while more and len(waiting) < AHEAD:
-                    block = next(reader)
-                    waiting.append((block, pool.submit(work, block)))
-            except StopIteration:
-                more = False
-            except Damaged as error:
-                more, damage = False, error
-            if waiting:
-                block, future = waiting.popleft()
-                count, result = future.result()
-                yield line, block, result
-                line += count
-    if damage:
-        raise DataError(f"{path} after line {line - 1}: {damage}; fetch it again")
-    if line == 1:
-        raise DataError(f"{path} is empty; fetch it again")
+    return work
+
+
+class _Done(Generic[T]):
+    """What was decoded here, beside what is ``Pending``."""
+
+    def __init__(self, found: tuple[int, T | None]):
+        self._found = found
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> tuple[int, T | None]:
+        return self._found
 
 
 @functools.cache

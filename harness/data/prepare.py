@@ -78,13 +78,14 @@ def read_raw(raw: Path, category: str, route: str = "raw") -> tuple[SourceDomain
     """
     metadata = _find(raw / "meta_categories", f"meta_{category}")
     found = _histories(raw, category, route)
-    columns, counts = read_metadata(metadata, found.item_ids)
+    texts, counts = read_metadata(metadata, found.item_ids)
     pictures, without_picture = find_pictures(raw, category, found.item_ids)
     source = SourceDomain(
         user_ids=found.user_ids,
         sequences=found.sequences,
         item_ids=found.item_ids,
-        columns=columns,
+        columns=texts.parts,
+        texts=texts.texts,
         times=found.times,
         release="2023",
         source={
@@ -157,6 +158,7 @@ def prepare_source(source: SourceDomain) -> SourceDomain:
         sequences=sequences,
         item_ids=[source.item_ids[row] for row in items],
         columns={name: _pick(column, items) for name, column in source.columns.items()},
+        texts=None if source.texts is None else _pick(source.texts, items),
         private_columns={name: _pick(column, items) for name, column in source.private_columns.items()},
         times=None if source.times is None else source.times[kept],
         source={**source.source, "prepared": f"earliest of repeats, {CORE}-core"},

@@ -7,7 +7,8 @@ keep before any id becomes a number. Legend: R reviews.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from harness.data import jsonl
+from harness.data import jsonl, text
 from harness.data.source import DataError
 
 FIELDS = pa.schema([("user_id", pa.string()), ("parent_asin", pa.string()), ("timestamp", pa.int64())])
@@ -24,16 +25,20 @@ LATEST = 2**62
 PARTS = {"title": "title", "brand": "store", "features": "features", "categories": "categories", "description": "description"}
 """Text part -> field of the metadata."""
 
-Rows = tuple[pa.Array, pa.Array, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Reviews:
-    """Reviews that have a user, an item and a time, in order of the file. ``skipped``: how many had not."""
+    """Reviews that have a user, an item and a time, in order of the file. ``skipped``: how many had not.
+
+    The hashes are those of the ids: the same text has the same, within one version of the library that makes them.
+    """
 
     users_R: pa.ChunkedArray
     items_R: pa.ChunkedArray
     times_R: np.ndarray
+    user_hashes_R: np.ndarray
+    item_hashes_R: np.ndarray
     skipped: int
 
     def __len__(self) -> int:
@@ -43,11 +48,15 @@ class Reviews:
         """Numbers and names of the users and of the items of ``rows`` (ascending): users, user ids, items, item ids."""
         mask = np.zeros(len(self), bool)
         mask[rows] = True
-        return (*_numbered(self.users_R.filter(pa.array(mask))), *_numbered(self.items_R.filter(pa.array(mask))))
+        keep = pa.array(mask)
+        with ThreadPoolExecutor(1) as pool:
+            users = pool.submit(_numbered, self.users_R, keep)
+            items = _numbered(self.items_R, keep)
+            return (*users.result(), *items)
 
 
-def _numbered(names: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    encoded = names.dictionary_encode().combine_chunks()
+def _numbered(names: pa.ChunkedArray, keep: pa.Array) -> tuple[np.ndarray, list[str]]:
+    encoded = names.filter(keep).dictionary_encode().combine_chunks()
     if isinstance(encoded, pa.ChunkedArray):  # Arrow's answer where there is no chunk at all
         return np.empty(0, np.int64), []
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
@@ -55,31 +64,38 @@ def _numbered(names: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
 
 def read_reviews(path: Path) -> Reviews:
     """All reviews of a file. One without a user, an item or a time is skipped and counted; a line that is not JSON is an error."""
-    users, items, times = [], [], [np.empty(0, np.int64)]
-    skipped = 0
-    for line, block, columns in jsonl.decoded(path, jsonl.columns(FIELDS)):
-        (user, item, time), count = _complete(*columns) if columns is not None else _one_by_one(path, line, block)
-        users.append(user)
-        items.append(item)
-        times.append(time)
-        skipped += count
-    times_R = np.concatenate(times)
+    parts: list[Rows] = []
+    for line, block, rows in jsonl.decoded(path, _rows_of):
+        parts.append(rows or _one_by_one(path, line, block))
+    users, items, *numbers, skipped = zip(*parts, strict=True)
+    times_R, users_R, items_R = (np.concatenate(part) for part in numbers)
     if not len(times_R):
         raise DataError(f"{path} holds no review with user_id, parent_asin and timestamp; is it a review file of the 2023 release?")
-    return Reviews(pa.chunked_array(users, pa.string()), pa.chunked_array(items, pa.string()), times_R, skipped)
+    return Reviews(pa.chunked_array(users, pa.string()), pa.chunked_array(items, pa.string()), times_R, users_R, items_R, sum(skipped))
 
 
-def _complete(user: pa.Array, item: pa.Array, time: pa.Array) -> tuple[Rows, int]:
-    """The rows that have all three fields, and how many have not."""
+Rows = tuple[pa.Array, pa.Array, np.ndarray, np.ndarray, np.ndarray, int]
+"""Users, items, times, hashes of the users and of the items; how many lines have been skipped."""
+
+
+def _rows_of() -> Callable[[memoryview, np.ndarray], Rows]:
+    import polars  # noqa: F401  # now, and not with the first block
+
+    decode = jsonl.columns(FIELDS)
+    return lambda block, ends: _complete(*decode(block, ends))
+
+
+def _complete(user: pa.Array, item: pa.Array, time: pa.Array) -> Rows:
+    """The rows that have all three fields."""
     good = pc.and_kleene(pc.greater(pc.binary_length(user), 0), pc.greater(pc.binary_length(item), 0))
     good = pc.and_kleene(good, pc.and_kleene(pc.less(time, LATEST), pc.greater(time, -LATEST)))
     kept = pc.sum(good, min_count=0).as_py()
     if kept < len(user):
         user, item, time = (column.filter(good) for column in (user, item, time))  # null: not kept
-    return (user, item, time.to_numpy(zero_copy_only=False).astype(np.int64)), len(good) - kept
+    return user, item, time.to_numpy(zero_copy_only=False).astype(np.int64), _hashes(user), _hashes(item), len(good) - kept
 
 
-def _one_by_one(path: Path, line: int, block: memoryview) -> tuple[Rows, int]:
+def _one_by_one(path: Path, line: int, block: memoryview) -> Rows:
     """The same, by the standard library: this says what a review is."""
     rows: list[tuple[str, str, int]] = []
     skipped = 0
@@ -91,8 +107,14 @@ def _one_by_one(path: Path, line: int, block: memoryview) -> tuple[Rows, int]:
         if not (_is_text(user) and _is_text(item)):
             raise DataError(f"{path} line {number}: user_id or parent_asin holds half a surrogate pair, which is no text")
         rows.append((user, item, time))
-    user_column, item_column, time_column = zip(*rows, strict=True) if rows else ((), (), ())
-    return (pa.array(user_column, pa.string()), pa.array(item_column, pa.string()), np.array(time_column, np.int64)), skipped
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    return *_complete(*(pa.array(column, kind) for column, kind in zip(columns, FIELDS.types, strict=True)))[:5], skipped
+
+
+def _hashes(names: pa.Array) -> np.ndarray:
+    import polars
+
+    return polars.Series(names).hash().to_numpy()
 
 
 def _is_text(value: str) -> bool:
@@ -109,11 +131,12 @@ def strong_rows(reviews: Reviews, k: int) -> tuple[np.ndarray, int]:
     ids that share a hash make a count too large, never too small. The number of repeats is exact: rows whose pair shares its
     hash with another are compared by their ids.
     """
-    user_R, item_R = _hashes(reviews.users_R), _hashes(reviews.items_R)
-    repeats = _repeats(reviews, user_R * np.uint64(0x9E3779B97F4A7C15) ^ item_R)
-    user_R, item_R = _buckets(user_R), _buckets(item_R)
-    rows = _strong(user_R, item_R, k)
-    return rows[_strong(user_R[rows], item_R[rows], k)], repeats  # a third round finds little more, and costs less once ids are numbers
+    with ThreadPoolExecutor(1) as pool:
+        repeats = pool.submit(_repeats, reviews)  # sorting and searching leave the interpreter to others
+        user_R, item_R = _buckets(reviews.user_hashes_R), _buckets(reviews.item_hashes_R)
+        rows = _strong(user_R, item_R, k)
+        rows = rows[_strong(user_R[rows], item_R[rows], k)]  # a third round finds little more, and costs less once ids are numbers
+        return rows, repeats.result()
 
 
 def _strong(user_R: np.ndarray, item_R: np.ndarray, k: int) -> np.ndarray:
@@ -126,16 +149,9 @@ def _buckets(hash_R: np.ndarray) -> np.ndarray:
     return (hash_R >> np.uint64(64 - bits)).astype(np.int64)
 
 
-def _hashes(names: pa.ChunkedArray) -> np.ndarray:
-    import polars
-
-    step = 256  # chunks at a time: polars makes 16 bytes a name of them
-    parts = [polars.Series(pa.chunked_array(names.chunks[at : at + step])).hash().to_numpy() for at in range(0, names.num_chunks, step)]
-    return np.concatenate(parts)
-
-
-def _repeats(reviews: Reviews, pair_R: np.ndarray) -> int:
+def _repeats(reviews: Reviews) -> int:
     """How many rows have a user and an item that an earlier row has."""
+    pair_R = reviews.user_hashes_R * np.uint64(0x9E3779B97F4A7C15) ^ reviews.item_hashes_R
     hashes = np.sort(pair_R)
     shared = hashes[1:][hashes[1:] == hashes[:-1]]
     marked = np.zeros(1 << 24, bool)  # small enough for a cache; sorts out nineteen rows of twenty before the exact search
@@ -149,40 +165,61 @@ def _repeats(reviews: Reviews, pair_R: np.ndarray) -> int:
 # ------------------------------------------------------------------------------------------------------------ metadata
 
 
-def read_metadata(path: Path, item_ids: list[str]) -> tuple[dict[str, list[Any]], dict[str, int]]:
-    """The text parts of ``item_ids``, and counts of what was wrong. The first record of an item counts."""
-    row_of = {item: row for row, item in enumerate(item_ids)}
-    columns: dict[str, list[Any]] = {name: [None] * len(item_ids) for name in PARTS}
-    seen: set[str] = set()
-    repeated = wrong = 0
-    for line, block, found in jsonl.decoded(path, _records_of(row_of)):
-        for record in (record for _, record in jsonl.records(path, line, block)) if found is None else found:
-            item = record.get("parent_asin")
-            if not isinstance(item, str) or item not in row_of:
-                continue
-            if item in seen:
-                repeated += 1
-                continue
-            seen.add(item)
-            for name, key in PARTS.items():
-                value = record.get(key)
-                if value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-                    columns[name][row_of[item]] = value
-                else:
-                    wrong += 1
-    counts = {"items_without_metadata": len(item_ids) - len(seen), "repeated_metadata": repeated, "metadata_fields_of_wrong_type": wrong}
-    return columns, counts
+@dataclass(frozen=True)
+class Texts:
+    """Text parts, cleaned, and the texts that they make together (``text.join``): a row an item, null where it has none."""
+
+    parts: dict[str, pa.Array]
+    texts: pa.Array
 
 
-def _records_of(items: Collection[str]) -> Callable[[memoryview, np.ndarray], list[dict[str, Any]]]:
-    """A decoder that makes dictionaries of the records of these items only: a category lists ten times as many as a core keeps."""
+def read_metadata(path: Path, item_ids: list[str]) -> tuple[Texts, dict[str, int]]:
+    """The texts of ``item_ids``, and counts of what was wrong. The first record of an item counts."""
+    blocks = [found or _one_by_one_texts(path, line, block, item_ids) for line, block, found in jsonl.decoded(path, _texts_of, item_ids)]
+    names, wrong, *columns = (pa.chunked_array(parts) for parts in zip(*blocks, strict=True))
+    row_of_record = pc.index_in(names, pa.array(item_ids, pa.string())).to_numpy()
+    rows, records = np.unique(row_of_record, return_index=True)  # of each item the first record
+    record_of_row = np.full(len(item_ids), -1)
+    record_of_row[rows] = records
+    indices = pa.array(record_of_row, mask=record_of_row < 0)
+    *parts, texts = (column.take(indices).combine_chunks() for column in columns)
+    counts = {
+        "items_without_metadata": len(item_ids) - len(rows),
+        "repeated_metadata": len(names) - len(rows),
+        "metadata_fields_of_wrong_type": int(wrong.to_numpy()[records].sum()),
+    }
+    return Texts(dict(zip(PARTS, parts, strict=True)), texts), counts
+
+
+def _texts_of(item_ids: list[str]) -> Callable[[memoryview, np.ndarray], tuple[pa.Array, ...]]:
+    """A decoder that looks at the records of these items only: a category lists ten times as many as a core keeps."""
+    items = frozenset(item_ids)
     identify = jsonl.columns(pa.schema([("parent_asin", pa.string())]))
     load = jsonl.loader(("parent_asin", *PARTS.values()))
 
-    def decode(block: memoryview, ends: np.ndarray) -> list[dict[str, Any]]:
+    def decode(block: memoryview, ends: np.ndarray) -> tuple[pa.Array, ...]:
         (names,) = identify(block, ends)
         rows = [row for row, name in enumerate(names.to_pylist()) if name in items]
         starts = np.concatenate([[0], ends[:-1] + 1])
-        return [load(block[start:end]) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)]
+        return _columns([load(block[start:end]) for start, end in zip(starts[rows].tolist(), ends[rows].tolist(), strict=True)])
 
     return decode
+
+
+def _one_by_one_texts(path: Path, line: int, block: memoryview, item_ids: list[str]) -> tuple[pa.Array, ...]:
+    items = frozenset(item_ids)
+    records = (record for _, record in jsonl.records(path, line, block))
+    return _columns([record for record in records if isinstance(item := record.get("parent_asin"), str) and item in items])
+
+
+def _columns(records: list[dict[str, Any]]) -> tuple[pa.Array, ...]:
+    """Items, how many fields of each have the wrong type, its parts in order of ``PARTS``, its text."""
+    rows, wrong = [], []
+    for record in records:
+        values = [record.get(key) for key in PARTS.values()]
+        right = [v is None or isinstance(v, str) or (isinstance(v, list) and all(isinstance(one, str) for one in v)) for v in values]
+        parts = [text.part(value) if fits else None for value, fits in zip(values, right, strict=True)]
+        rows.append((record["parent_asin"], *parts, text.join(dict(zip(PARTS, parts, strict=True)))))
+        wrong.append(right.count(False))
+    names, *columns = zip(*rows, strict=True) if rows else [()] * (len(PARTS) + 2)
+    return pa.array(names, pa.string()), pa.array(wrong, pa.int64()), *(pa.array(column, pa.string()) for column in columns)

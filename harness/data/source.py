@@ -31,14 +31,16 @@ class SourceDomain:
 
     ``sequences`` holds row numbers into ``item_ids``, one list a user, oldest first; ``times`` is parallel to
     ``sequences.values``. ``columns`` holds the text parts (strings, lists of strings or None) and ``codes_*`` lists,
-    one value an item. ``private_columns`` (an ASIN, say) go to the private part. ``dropped`` counts what was left out on the
-    way, ``source`` says where it came from.
+    one value an item; where ``texts`` is there, they hold clean parts and ``texts`` what these make (cleaning twice is not cleaning once).
+    ``private_columns`` (an ASIN, say) go to the private part. ``dropped`` counts what was left out on the way, ``source`` says where
+    it came from.
     """
 
     user_ids: list[str]
     sequences: Ragged
     item_ids: list[str]
     columns: Mapping[str, Any] = field(default_factory=dict)
+    texts: Any = None
     times: np.ndarray | None = None
     private_columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     release: str | None = None

@@ -18,6 +18,9 @@ PARTS = ("title", "brand", "features", "categories", "description")
 FALLBACKS = ("text", "keywords")
 """Columns that stand in for the text of an item that has none of the joined parts."""
 
+DEEPEST = 8
+"""Tags within tags."""
+
 _HIDDEN = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->", re.IGNORECASE | re.DOTALL)
 # A tag begins with a letter or a slash right after "<": "5 < 6 and 7 > 3" is no tag.
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
@@ -31,10 +34,20 @@ def clean(value: str) -> str:
     if "&" in value:
         value = html.unescape(value)
     if "<" in value:
-        value = _TAG.sub(" ", _HIDDEN.sub(" ", value))
+        value = _without_tags(value)
     if value.isprintable():  # then there is no control character, and no white space but plain spaces: most texts, many times as quick
-        return " ".join(value.split())
+        return " ".join(value.split()) if "  " in value else value.strip()
     return _SPACE.sub(" ", _CONTROL.sub(" ", value)).strip()
+
+
+def _without_tags(value: str) -> str:
+    """Until there is no tag: ``<a<b>>`` leaves ``<a >`` behind. What is nested deeper than anybody writes loses its brackets."""
+    for _ in range(DEEPEST):
+        stripped = _TAG.sub(" ", _HIDDEN.sub(" ", value))
+        if stripped == value:
+            return value
+        value = stripped
+    return value.replace("<", " ")
 
 
 def written(value: str) -> str:

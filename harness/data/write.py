@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -87,7 +88,7 @@ def _write_public(
         tested[split.tested] = 1
         columns |= {"valid": _list_column(split.window), "test": pa.array(tested)}
     _parquet(public / "users.parquet", columns)
-    _parquet(public / "items.parquet", _item_table(source.columns, item_order))
+    _parquet(public / "items.parquet", _item_table(source, item_order))
     if pictures:
         write_pictures(public, [source.item_ids[row] for row in item_order], pictures)
     counts = split.counts(len(item_order))
@@ -129,23 +130,30 @@ def _list_column(lists: Ragged) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(lists.offsets, pa.int32()), pa.array(lists.values, pa.int32()))
 
 
-def _item_table(columns: Mapping[str, Any], order: np.ndarray) -> dict[str, pa.Array]:
+def _item_table(source: SourceDomain, order: np.ndarray) -> dict[str, pa.Array]:
     """``item``, ``text``, the five standard parts (null where the source has none), then the source's other columns."""
-    codes = {name: column for name, column in columns.items() if name.startswith(CODES)}
-    cleaned: dict[str, list[str | None]] = {name: [None] * len(order) for name in text.PARTS}
-    for name, column in columns.items():
-        if name not in codes:
-            values = column.to_pylist() if isinstance(column, pa.Array) else column
-            cleaned[name] = [text.part(values[row]) for row in order]
-    names = list(cleaned)
-    texts = [text.join(dict(zip(names, row, strict=True))) for row in zip(*cleaned.values(), strict=True)]
-    table = {"item": pa.array(np.arange(len(order)), pa.int32()), "text": pa.array(texts, pa.string())}
-    extra = sorted(set(names) - set(text.PARTS) - {"text"})
-    table |= {name: pa.array(cleaned[name], pa.string()) for name in (*text.PARTS, *extra)}
+    rows = pa.array(order)
+    codes = {name: column for name, column in source.columns.items() if name.startswith(CODES)}
+    parts = {name: column for name, column in source.columns.items() if name not in codes}
+    if source.texts is None:
+        cleaned = {name: [text.part(value) for value in _values(column)] for name, column in parts.items()}
+        texts = [text.join(dict(zip(cleaned, row, strict=True))) for row in zip(*cleaned.values(), strict=True)]
+        parts = {name: pa.array(column, pa.string()) for name, column in cleaned.items()}
+        joined = pa.array(texts, pa.string()) if parts else pa.nulls(len(order), pa.string())
+    else:
+        joined = source.texts
+    table = {"item": pa.array(np.arange(len(order)), pa.int32()), "text": joined.take(rows)}
+    extra = sorted(set(parts) - set(text.PARTS) - {"text"})
+    for name in (*text.PARTS, *extra):
+        table[name] = parts[name].take(rows) if name in parts else pa.nulls(len(order), pa.string())
     for name in sorted(codes):
         column = codes[name] if isinstance(codes[name], pa.Array) else pa.array(codes[name])
-        table[name] = column.take(pa.array(order))
+        table[name] = column.take(rows)
     return table
+
+
+def _values(column: Any) -> Sequence[Any]:
+    return column.to_pylist() if isinstance(column, pa.Array) else column
 
 
 def write_pictures(public: Path, item_ids: list[str], pictures: Mapping[str, bytes | Path]) -> None:
@@ -189,15 +197,21 @@ def public_digest(public: Path) -> str:
     for array, kind in (*columns, *([(users["test"], "<i1")] if by_time else [])):
         digest.update(f"{len(array)}\n".encode() + integers(array).astype(kind).tobytes())
     items = pq.ParquetFile(public / "items.parquet")
-    encode = json.JSONEncoder(ensure_ascii=False).encode
     for name in sorted(set(items.schema_arrow.names) - {"item"}):
         digest.update(f"{name} {items.metadata.num_rows}\n".encode())
         for batch in items.iter_batches(batch_size=8192, columns=[name]):
-            digest.update("".join(f"{encode(value)}\n" for value in batch.column(0).to_pylist()).encode())
+            digest.update(as_json_lines(batch.column(0)))
     if (public / "pictures.parquet").exists():
         index = read_columns(public / "pictures.parquet", ("item", "sha256")).to_pydict()
         digest.update("".join(f"{item} {sha}\n" for item, sha in zip(index["item"], index["sha256"], strict=True)).encode())
     return digest.hexdigest()
+
+
+def as_json_lines(column: pa.Array) -> bytes:
+    """The values as JSON, a line each; of texts both libraries make the same, of lists not."""
+    if pa.types.is_string(column.type):
+        return msgspec.json.Encoder().encode_lines(column.to_pylist())
+    return "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in column.to_pylist()).encode()
 
 
 def _list_parts(column: Any) -> list[tuple[Any, str]]:

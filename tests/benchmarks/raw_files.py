@@ -112,12 +112,6 @@ def _cut(text: str, start: int, length: int) -> str:
     return text[start : start + length].strip('\\n"').replace('"', "").replace("\\", "")
 
 
-def _user_id(number: int) -> str:
-    """28 characters that look random: a multiplicative hash, written in 32 letters."""
-    value = (number + 1) * 0x9E3779B97F4A7C15F39CC0605CEDC834 & ((1 << 130) - 1)
-    return "AE" + "".join(chr(LETTERS[value >> 5 * place & 31]) for place in range(26))
-
-
 def _records(rng: Generator, item_ids: list[str], text: str) -> Iterator[str]:
     for at in range(0, len(item_ids), 10_000):
         lines = []

@@ -20,6 +20,7 @@ from harness.data import text
 from harness.data.card import make_card
 from harness.data.domain import DataError, DomainExists, list_domains, ragged, read_private, read_summary, validate_domain, write_domain
 from harness.data.text import clean, join, part
+from harness.data.write import as_json_lines
 
 PICTURES = {"E": b"picture of E", "A": b"A's", "C": b"see"}
 
@@ -88,6 +89,15 @@ def test_modes(tmp_path, source):
     assert modes["domain.json"] == 0o644
     assert modes["private"] == 0o700
     assert modes["targets.parquet"] == 0o600
+
+
+def test_texts_enter_the_digest_as_the_standard_library_writes_them():
+    """The quick encoder must not change the digests that records hold: all characters that a file can hold, and no text at all."""
+    characters = [chr(code) for code in range(0x110000) if not 0xD800 <= code <= 0xDFFF]
+    texts = [None, "", *("".join(characters[at : at + 50]) for at in range(0, len(characters), 50))]
+    expected = "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in texts).encode()
+    assert as_json_lines(pa.array(texts, pa.string())) == expected
+    assert as_json_lines(pa.array([[1, 20], [], None])) == b"[1, 20]\n[]\nnull\n"
 
 
 def test_digest_is_of_the_content(tmp_path, source, written):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -223,6 +223,8 @@ def test_in_order_looks_inside_of_lists_only() -> None:
 
 
 @given(st.text(alphabet=st.sampled_from("ab &;#xlgtamp<>/!-\x00\u200b\n1script"), max_size=40))
+@example("<a<b>>")
+@example("<a" * 9 + ">" * 9)
 @settings(max_examples=400, deadline=None)
 def test_a_clean_text_can_be_written_so_that_it_reads_back(raw: str) -> None:
     clean = text.clean(raw)

@@ -202,7 +202,7 @@ def test_raw_files_hold_what_the_preparation_must_stand(raw):
     assert len({json.dumps([row[key] for key in ("user_id", "parent_asin", "timestamp")]) for row in complete}) < len(complete)
     source, pictures = read_raw(raw, "Software")
     assert all(source.dropped[key] > 0 for key in source.dropped if key != "metadata_fields_of_wrong_type")
-    titles = [title for title in source.columns["title"] if title]
+    titles = [title for title in source.columns["title"].to_pylist() if title]
     assert 0.9 < len(titles) / 160 < 1
     assert 0.85 < len(pictures) / 160 < 0.95
     counts = np.sort(np.bincount(source.sequences.values))[::-1]
