@@ -135,7 +135,10 @@ def decoded(path: Path, make: Callable[..., Decode[T]], *args: Any) -> Iterator[
     line = 1
     damage: Damaged | None = None
     with contextlib.ExitStack() as stack:
-        others = [stack.enter_context(DecoderProcess(_worker, make, args)) for _ in range(_processes(path))]
+        others: list[DecoderProcess[tuple[int, T | None]]] = []
+        for _ in range(_processes(path)):
+            with contextlib.suppress(OSError):  # no memory or no process to be had: what is here decodes all
+                others.append(stack.enter_context(DecoderProcess(_worker, make, args)))
         reader = blocks(path)
         more = True
         while more or waiting:

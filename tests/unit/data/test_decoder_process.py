@@ -107,6 +107,16 @@ def test_its_death_loses_nothing(tmp_path, monkeypatch, beside):
     assert b"".join(result for _, _, result in found) == path.read_bytes()
 
 
+def test_without_one_to_be_had(tmp_path, monkeypatch, beside):
+    def none(*_, **__):
+        raise OSError(11, "no process to be had")
+
+    monkeypatch.setattr(subprocess, "Popen", none)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"".join(LINES))
+    assert len(rows(path)[0]) == 5998
+
+
 def test_a_result_longer_than_its_slot(beside, tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"".join(LINES[:1000] * 5))
