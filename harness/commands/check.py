@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness import provenance
-from harness.contract import PREDICTIONS, PROTOCOL, TIME, Domain, read_predictions
+from harness.contract import PREDICTIONS, PROTOCOL, Domain, read_predictions
 from harness.environments import pythons
 from harness.execute.local import LocalExecutor
 from harness.method import Method, find_methods, hash_tree, list_files, load_method
@@ -32,9 +32,7 @@ from harness.schedule import Scheduler, Slot, stage_folder
 from harness.suite import BudgetFile, Entry, Suite, make_plan
 from harness.values import ConfigError, nearest
 
-TARGET = "sim_musical_instruments"
-PRETRAIN = {PROTOCOL: "sim_software", TIME: "sim_software_time"}
-"""The domain that a method may pre-train on, by protocol: one cut by time for targets that are."""
+TARGET, PRETRAIN = "sim_musical_instruments", "sim_software"
 Z_NEEDED = 5.0
 SECONDS, SMALL_BUDGET = 120.0, 2.0
 GPU_AGREEMENT = 0.99
@@ -70,13 +68,9 @@ class Laboratory:
         self.device = "cuda" if environment.gpu and "+cpu" not in environment.packages.get("torch", "+cpu") else "cpu"
 
     def prepare(self) -> None:
-        from harness.data.prepare import prepare_raw
         from harness.data.simulate import simulate
 
-        raw = self._root / "raw"
-        simulate(self._paths.data, seed=11, users=300, items=120, categories=("Musical_Instruments", "Software"), raw=raw)
-        if TIME in self._method.file.protocols and any(stage.scope == "pretrain" for stage in self._method.configs[self._config].stages):
-            prepare_raw(raw, "Software", PRETRAIN[TIME], root=self._paths.data, protocol=TIME)
+        simulate(self._paths.data, seed=11, users=300, items=120, categories=("Musical_Instruments", "Software"))
 
     def canary(self, kind: str, protocol: str = PROTOCOL) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""
@@ -113,7 +107,7 @@ class Laboratory:
             name="check",
             title="Check",
             domains=(domain,),
-            pretrain=(PRETRAIN[protocol],),
+            pretrain=(PRETRAIN,) if protocol == PROTOCOL else (),
             protocol=protocol,
             seeds=1,
             budget=BudgetFile(seconds=seconds, grace=180, memory_gib=8, disk_gib=4, threads=1),
