@@ -52,7 +52,7 @@ class Pending(Generic[T]):
 
 
 class DecoderProcess(Generic[T]):
-    """``make(*args)``, called in the child, gives the decoder; all three must be picklable, ``make`` by its name in a module."""
+    """``make(*args)``, called in the child, gives the decoder; both must be picklable, ``make`` by its name in a module."""
 
     def __init__(self, make: Callable[..., Callable[[memoryview], T]], *args: Any):
         self.gone = False

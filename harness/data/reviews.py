@@ -1,7 +1,7 @@
 """The raw files of Amazon Reviews 2023: reviews -> (user, item, time) in order of the file; metadata -> text parts of given items.
 
 In: RAW/review_categories/CATEGORY.jsonl[.gz] and RAW/meta_categories/meta_CATEGORY.jsonl[.gz]. Out: ``Reviews``, which can be
-twenty million rows: ids stay in Arrow's buffers (about 60 bytes a review), and ``strong_rows`` throws out what no core can
+twenty million rows: ids stay in Arrow's buffers (about 75 bytes a review, with its hashes), and ``strong_rows`` throws out what no core can
 keep before any id becomes a number. Legend: R reviews.
 """
 
@@ -175,7 +175,8 @@ class Texts:
 
 def read_metadata(path: Path, item_ids: list[str]) -> tuple[Texts, dict[str, int]]:
     """The texts of ``item_ids``, and counts of what was wrong. The first record of an item counts."""
-    blocks = [found or _one_by_one_texts(path, line, block, item_ids) for line, block, found in jsonl.decoded(path, _texts_of, item_ids)]
+    items = frozenset(item_ids)
+    blocks = [found or _one_by_one_texts(path, line, block, items) for line, block, found in jsonl.decoded(path, _texts_of, items)]
     names, wrong, *columns = (pa.chunked_array(parts) for parts in zip(*blocks, strict=True))
     row_of_record = pc.index_in(names, pa.array(item_ids, pa.string())).to_numpy()
     rows, records = np.unique(row_of_record, return_index=True)  # of each item the first record
@@ -191,9 +192,8 @@ def read_metadata(path: Path, item_ids: list[str]) -> tuple[Texts, dict[str, int
     return Texts(dict(zip(PARTS, parts, strict=True)), texts), counts
 
 
-def _texts_of(item_ids: list[str]) -> Callable[[memoryview, np.ndarray], tuple[pa.Array, ...]]:
+def _texts_of(items: frozenset[str]) -> Callable[[memoryview, np.ndarray], tuple[pa.Array, ...]]:
     """A decoder that looks at the records of these items only: a category lists ten times as many as a core keeps."""
-    items = frozenset(item_ids)
     identify = jsonl.columns(pa.schema([("parent_asin", pa.string())]))
     load = jsonl.loader(("parent_asin", *PARTS.values()))
 
@@ -206,8 +206,7 @@ def _texts_of(item_ids: list[str]) -> Callable[[memoryview, np.ndarray], tuple[p
     return decode
 
 
-def _one_by_one_texts(path: Path, line: int, block: memoryview, item_ids: list[str]) -> tuple[pa.Array, ...]:
-    items = frozenset(item_ids)
+def _one_by_one_texts(path: Path, line: int, block: memoryview, items: frozenset[str]) -> tuple[pa.Array, ...]:
     records = (record for _, record in jsonl.records(path, line, block))
     return _columns([record for record in records if isinstance(item := record.get("parent_asin"), str) and item in items])
 

@@ -341,7 +341,7 @@ def test_states_depend_on_the_past_alone_and_padding_on_nothing() -> None:
     other = model(torch.tensor([[3, 4, 9, 6, 0, 0]]))
     torch.testing.assert_close(other[:, :2], state_BLD[:, :2])
     assert (other[:, 2:4] - state_BLD[:, 2:4]).abs().amax(2).min() > 1e-4
-    torch.testing.assert_close(model.scores(state_BLD[0, :1])[0, 7], state_BLD[0, 0] @ model.items.weight[8])
+    torch.testing.assert_close(model.scores(state_BLD[0, :1])[0, 7], state_BLD[0, 0] @ model.items.weight[8], rtol=1e-6, atol=1e-7)
 
 
 def test_parts_of_the_scores_give_the_gradient_of_the_whole(collaborate_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
