@@ -29,8 +29,8 @@ venv:           ## the virtual environment .venv (DEVICE=auto|cpu|cuda, PYTHON=.
 benchmark: venv ## runs the suite (SUITE=auto: the four Amazon domains where they are prepared, else smoke)
 	@$(BIN)/harness run --suite $(SUITE) $(ARGS)
 
-test: venv      ## the tests (ARGS="-k name"); without those that need a Docker engine, which .ci/run runs
-	@$(BIN)/python -m pytest -m "not containers" $(ARGS)
+test: venv      ## the tests, two to four at a time (ARGS="-k name"; ARGS="-n 0 -s" for one at a time); those with containers: .ci/run
+	@$(BIN)/python -m pytest -m "not containers" -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 containers: venv ## builds the images and runs the compose file for real (needs a Docker engine)
 	@$(BIN)/python -m pytest tests/containers -m containers --timeout 3000 $(ARGS)

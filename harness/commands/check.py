@@ -2,7 +2,8 @@
 
 In: a method. Out: one line a check, and exit status 0 only if none failed. Every run is a real one, by the scheduler and
 the supervisor, on domains made for it: a simulated one with signal in it, and two canaries with none that an honest
-method could see (``harness/data/canary.py``).
+method could see (``harness/data/canary.py``). What is pre-trained is pre-trained for the first run and taken by the canaries',
+as in a suite; the runs that are compared with the first make everything anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from rich.markup import escape
 
 from harness import provenance
 from harness.contract import PREDICTIONS, PROTOCOL, Domain, read_predictions
+from harness.data.canary import bound, canary
+from harness.data.simulate import sim_name, simulate
 from harness.environments import pythons
 from harness.execute.local import LocalExecutor
 from harness.method import Method, find_methods, hash_tree, list_files, load_method
@@ -32,7 +35,9 @@ from harness.schedule import Scheduler, Slot, stage_folder
 from harness.suite import BudgetFile, Entry, Suite, make_plan
 from harness.values import ConfigError, nearest
 
-TARGET, PRETRAIN = "sim_musical_instruments", "sim_software"
+TARGET, PRETRAIN = "Musical_Instruments", "Software"
+FIRST, SECOND, HURRIED = "first", "second", "hurried"
+"""Folders of results: what has run in one of them is not run in it again."""
 Z_NEEDED = 5.0
 SECONDS, SMALL_BUDGET = 120.0, 2.0
 GPU_AGREEMENT = 0.99
@@ -61,6 +66,7 @@ class Laboratory:
 
     def __init__(self, root: Path, method: Method, config: str, paths: Paths, console: Console):
         self._root, self._method, self._config = root, method, config
+        self._pretrains = any(stage.scope == "pretrain" for stage in method.configs[config].stages)
         self._paths = replace(paths, data=root / "data", results=root / "results")
         self._pythons = pythons([method], paths, console.print)
         self._executor = LocalExecutor(self._paths)
@@ -68,14 +74,13 @@ class Laboratory:
         self.device = "cuda" if environment.gpu and "+cpu" not in environment.packages.get("torch", "+cpu") else "cpu"
 
     def prepare(self) -> None:
-        from harness.data.simulate import simulate
-
-        simulate(self._paths.data, seed=11, users=300, items=120, categories=("Musical_Instruments", "Software"))
+        """The domain with signal in it, and what the method may pre-train on under each of its protocols."""
+        for protocol in {PROTOCOL, *(self._method.file.protocols if self._pretrains else ())}:
+            wanted = (TARGET,) * (protocol == PROTOCOL) + (PRETRAIN,) * self._pretrains
+            simulate(self._paths.data, seed=11, users=300, items=120, categories=wanted, protocol=protocol)
 
     def canary(self, kind: str, protocol: str = PROTOCOL) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""
-        from harness.data.canary import canary
-
         name = f"domain_{secrets.token_hex(3)}"
         canary(self._paths.data / name, kind=kind, entropy=secrets.randbits(128), protocol=protocol)
         return name
@@ -84,7 +89,7 @@ class Laboratory:
         return self._paths.public(domain)
 
     def run(self, domain: str, attempt: str, seconds: float = SECONDS) -> Trial:
-        """Run the method once, in results of its own. Raises CheckFailed if it does not end with valid output."""
+        """Run the method once, with the results of ``attempt``. Raises CheckFailed if it does not end with valid output."""
         paths = replace(self._paths, results=self._root / attempt)
         plan = self._plan(paths, domain, seconds)
         run = plan.runs[0]
@@ -107,7 +112,7 @@ class Laboratory:
             name="check",
             title="Check",
             domains=(domain,),
-            pretrain=(PRETRAIN,) if protocol == PROTOCOL else (),
+            pretrain=(sim_name(PRETRAIN, protocol),) if self._pretrains else (),
             protocol=protocol,
             seeds=1,
             budget=BudgetFile(seconds=seconds, grace=180, memory_gib=8, disk_gib=4, threads=1),
@@ -173,7 +178,7 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
     before = hash_tree(method.source_folders(paths.project), paths.project)
 
     def output() -> str:
-        first.append(laboratory.run(TARGET, "first"))
+        first.append(laboratory.run(sim_name(TARGET), FIRST))
         record = first[0].record
         return (
             f"{record.domain.users} users, every list valid, isolation {record.isolation.level}, {sum(record.cost.stages.values()):.1f} s"
@@ -181,7 +186,7 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
 
     def repeated() -> str:
         _need(first)
-        return _compare(first[0], laboratory.run(TARGET, "second"), laboratory.device)
+        return _compare(first[0], laboratory.run(sim_name(TARGET), SECOND), laboratory.device)
 
     def stray() -> str:
         if hash_tree(method.source_folders(paths.project), paths.project) != before:
@@ -193,7 +198,7 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
     yield "better than random", lambda: _beats_random(_need(first))
     yield "same seed, same output", repeated
     yield "writes nowhere else", stray
-    yield "keeps a small budget", lambda: _keeps_budget(laboratory.run(TARGET, "hurried", SMALL_BUDGET))
+    yield "keeps a small budget", lambda: _keeps_budget(laboratory.run(sim_name(TARGET), HURRIED, SMALL_BUDGET))
     if not quick:
         for protocol in method.file.protocols:
             under = "" if protocol == PROTOCOL else f", {protocol}"
@@ -275,10 +280,8 @@ def _keeps_budget(trial: Trial) -> str:
 
 
 def _canary(laboratory: Laboratory, kind: str, protocol: str = PROTOCOL) -> str:
-    from harness.data.canary import bound
-
     name = laboratory.canary(kind, protocol)
-    trial = laboratory.run(name, name)
+    trial = laboratory.run(name, FIRST)
     limit = bound(laboratory.public(name), kind=kind, k=10)
     seen = trial.record.metrics["recall_at_10"].mean
     text = f"recall@10 {seen:.4f}, chance {limit.expected:.4f}, bound {limit.recall:.4f}"

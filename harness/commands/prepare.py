@@ -69,7 +69,8 @@ def ensure_simulated(suite: Suite, paths: Paths, say: Callable[[str], None]) -> 
 
     if not all((paths.public(name) / "domain.json").exists() for name in (*suite.domains, *suite.pretrain)):
         say("simulating the domains (once) ...")
-    simulate(paths.data, seed=suite.simulate.seed, users=suite.simulate.users, items=suite.simulate.items)
+    recipe = suite.simulate
+    simulate(paths.data, seed=recipe.seed, users=recipe.users, items=recipe.items, protocol=suite.protocol)
 
 
 def open_session(

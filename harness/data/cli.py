@@ -317,6 +317,7 @@ def simulate(
     users: Annotated[int, typer.Option(help="Users of a domain.")] = 400,
     items: Annotated[int, typer.Option(help="Items of a domain; at most as many as users.")] = 160,
     raw: Annotated[Path | None, typer.Option(help="Keep the raw files in this folder.")] = None,
+    protocol: Annotated[str, typer.Option(help="loo-v1, or time-v1: cut by time, named sim_CATEGORY_time, without an oracle.")] = "loo-v1",
     root: Root = None,
 ) -> None:
     """Simulate miniature Amazon 2023 domains (sim_musical_instruments, ...) with pictures, text and an oracle.
@@ -325,13 +326,16 @@ def simulate(
 
       harness data simulate
 
+      harness data simulate --protocol time-v1
+
       harness data simulate --category Video_Games --users 5000 --items 1000 --root /tmp/domains
     """
     from harness.data.simulate import CATEGORIES
     from harness.data.simulate import simulate as run
 
     with _plain_errors():
-        for summary in run(root, seed=seed, categories=category or tuple(CATEGORIES), users=users, items=items, raw=raw):
+        sizes = {"seed": seed, "users": users, "items": items}
+        for summary in run(root, categories=category or tuple(CATEGORIES), raw=raw, protocol=protocol, **sizes):
             _report(summary)
 
 

@@ -8,8 +8,8 @@ In: a seed and sizes. Out: ``simulate_raw`` writes, for each of the nine categor
     RAW/pictures/CATEGORY/PARENT_ASIN.jpg           what a picture download would have left
     RAW/planted/CATEGORY.npz, .json                 the truth: oracle lists, histories, what was planted
 
-and ``simulate`` runs ``prepare`` on them: domains ``sim_musical_instruments`` and so on. What is planted, and why the oracle
-is an upper bound, stands in ``planted.py``. Added as noise, which the preparation must remove: repeated and exact duplicate
+and ``simulate`` runs ``prepare`` on them: domains ``sim_musical_instruments`` and so on, or under ``time-v1``
+``sim_musical_instruments_time``. What is planted, and why the oracle is an upper bound, stands in ``planted.py``. Added as noise, which the preparation must remove: repeated and exact duplicate
 reviews, users and items with at most four interactions, reviews without a user; kept by it: equal times, items
 without text or picture, entities and tags in texts. The same seed gives the same bytes; a category looks the same
 whether it is simulated alone or with others.
@@ -30,9 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from harness.contract import PROTOCOL, TIME
 from harness.data.domain import data_root, read_private, read_summary, write_domain
 from harness.data.planted import Planted, Sample, check_sizes, draw, plant
-from harness.data.source import DataError, DomainSummary
+from harness.data.prepare import cuts_of, default_name, read_raw
+from harness.data.source import DataError, DomainSummary, SourceDomain
+from harness.data.split import Cuts
 
 CATEGORIES = {
     "Musical_Instruments": "Strap Capo Tuner Cable Stand Reed",
@@ -83,9 +86,9 @@ class Catalogue:
     users: list[str]
 
 
-def sim_name(category: str) -> str:
-    """The name of the simulated domain of a category: ``sim_video_games`` for ``Video_Games``."""
-    return "sim_" + category.lower()
+def sim_name(category: str, protocol: str = PROTOCOL) -> str:
+    """The name of the simulated domain of a category: ``sim_video_games`` for ``Video_Games``, ``sim_video_games_time`` for ``time-v1``."""
+    return "sim_" + default_name(category, protocol)
 
 
 def simulate(
@@ -96,42 +99,56 @@ def simulate(
     users: int = 400,
     items: int = 160,
     raw: Path | None = None,
+    protocol: str = PROTOCOL,
 ) -> list[DomainSummary]:
     """Simulate ``categories`` and prepare them as domains under ``root`` (default: the data root).
 
-    What is there already, from the same code, seed and sizes, stays. ``raw`` keeps the raw files in that folder.
+    What is there already, from the same code, seed and sizes, stays. ``raw`` keeps the raw files in that folder. Under ``time-v1`` the
+    same histories are cut where four fifths and nine tenths of the domain's interactions have happened; such a domain has no oracle,
+    because what is asked for is no longer the last step that the simulator took.
     """
+    cuts_of(protocol)
     root = root or data_root()
     recipe = {"simulator": _code_digest(), "seed": seed, "users": users, "items": items}
-    found = {category: _made_by(root / sim_name(category), recipe) for category in _known(categories)}
+    found = {category: _made_by(root / sim_name(category, protocol), recipe) for category in _known(categories)}
     missing = [category for category, summary in found.items() if summary is None or raw]
     with tempfile.TemporaryDirectory() as temporary:
         folder = raw or Path(temporary)
         simulate_raw(folder, seed=seed, categories=missing, users=users, items=items)
         for category in missing:
-            found[category] = _prepare(folder, category, root / sim_name(category), recipe)
+            found[category] = _prepare(folder, category, root / sim_name(category, protocol), recipe, protocol)
     return [summary for summary in found.values() if summary]
 
 
-def _prepare(raw: Path, category: str, folder: Path, recipe: dict[str, Any]) -> DomainSummary:
-    from harness.data.prepare import read_raw
-
+def _prepare(raw: Path, category: str, folder: Path, recipe: dict[str, Any], protocol: str) -> DomainSummary:
     source, pictures = read_raw(raw, category)
-    with np.load(raw / "planted" / f"{category}.npz", allow_pickle=False) as truth:
-        user_ids, item_ids, oracle = [str(u) for u in truth["users"]], [str(i) for i in truth["items"]], truth["oracle"]
-    lists = dict(zip(user_ids, oracle, strict=True))
-    row_of = {item: row for row, item in enumerate(source.item_ids)}
-    rows = np.array([row_of.get(item, -1) for item in item_ids] + [-1])
-    planted = json.loads((raw / "planted" / f"{category}.json").read_text())
     return write_domain(
         folder,
         replace(source, release=None, source={**source.source, **recipe}),
         pictures=pictures,
         simulated=True,
-        oracle=np.stack([rows[lists[user]] for user in source.user_ids]),
-        planted=planted,
+        oracle=_oracle(raw, category, source) if protocol == PROTOCOL else None,
+        planted=json.loads((raw / "planted" / f"{category}.json").read_text()),
         overwrite=True,  # a simulated domain is derived: the newest simulator counts
+        cuts=_late_cuts(source) if protocol == TIME else None,
     )
+
+
+def _oracle(raw: Path, category: str, source: SourceDomain) -> np.ndarray:
+    """The planted lists [U, K] in the order and the numbers of ``source``; -1 for an item that the preparation has removed."""
+    with np.load(raw / "planted" / f"{category}.npz", allow_pickle=False) as truth:
+        user_ids, item_ids, oracle = [str(u) for u in truth["users"]], [str(i) for i in truth["items"]], truth["oracle"]
+    lists = dict(zip(user_ids, oracle, strict=True))
+    row_of = {item: row for row, item in enumerate(source.item_ids)}
+    rows = np.array([row_of.get(item, -1) for item in item_ids] + [-1])
+    return np.stack([rows[lists[user]] for user in source.user_ids])
+
+
+def _late_cuts(source: SourceDomain) -> Cuts:
+    """Simulated times end before the moments at which the real release is cut."""
+    assert source.times is not None
+    valid, test = np.quantile(source.times, (0.8, 0.9), method="nearest")
+    return Cuts(int(valid), int(test))
 
 
 def _made_by(folder: Path, recipe: dict[str, Any]) -> DomainSummary | None:

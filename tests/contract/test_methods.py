@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from harness.commands.check import CheckFailed, check_imports, check_method
+from harness.commands.check import CheckFailed, _Nobody, check_imports, check_method
 from harness.method import find_methods, load_method
 from harness.paths import PROJECT, Paths
 from tests.faults import lab
@@ -42,6 +42,48 @@ def test_a_method_that_trains_on_validation_items_is_caught() -> None:
     failed = [line for line in said.splitlines() if "FAILS" in line]
     assert len(failed) == 2 and all("validation items" in line for line in failed), said  # under both protocols
     assert "time-v1" in failed[1]
+
+
+def test_pre_training_is_cut_as_the_targets_are_and_done_once_for_the_canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "transfers"
+    folder.mkdir()
+    (folder / "method.toml").write_text(
+        'name = "transfers"\ntitle = "T"\nlineage = "trivial"\nprotocols = ["loo-v1", "time-v1"]\n'
+        '[[stages]]\nname = "learn"\nscope = "pretrain"\n[[stages]]\nname = "fit"\n[configs.default]\n'
+    )
+    (folder / "run.py").write_text(TRANSFERS)
+    ran: list[tuple[str, str]] = []
+    monkeypatch.setattr(_Nobody, "stage_started", lambda _, run, stage, folder: ran.append((stage.name, run.domain)))
+    status, said = check(str(folder))
+    assert status == 0, said
+    assert said.count("does not see the test targets") == 2
+    fitted = [domain for stage, domain in ran if stage == "fit"]
+    assert len(fitted) == 7 and len(set(fitted)) == 5  # first, second and hurried on one domain, then four canaries
+    # Anew for each of the first three, for none of the canaries under loo-v1, and once for those under time-v1.
+    assert [stage for stage, _ in ran].count("learn") == 4
+
+
+TRANSFERS = """
+import json
+from harness.contract import Domain, Meta, main, read_columns, write_predictions
+import numpy as np
+
+def learn(job):
+    (reference,) = job.domains
+    domain = Domain.read(reference.path)
+    (job.output / "learnt.json").write_text(json.dumps({"protocol": domain.protocol, "interactions": len(domain.train.values)}))
+
+def fit(job):
+    learnt = json.loads((job.inputs["learn"] / "learnt.json").read_text())
+    assert learnt["protocol"] == job.domain.protocol and learnt["interactions"] > 100, learnt
+    list_K = job.domain.popular(job.k)
+    write_predictions(job, np.broadcast_to(list_K, (len(job.domain.test_users), job.k)))
+    write_predictions(job, np.broadcast_to(list_K, (len(job.domain.valid_users), job.k)), valid=True)
+    Meta(timings={"fit": 0.0}, stopped_by="closed form").write(job)
+
+if __name__ == "__main__":
+    main(lambda job: {"learn": learn, "fit": fit}[job.stage](job))
+"""
 
 
 def test_a_failing_method_is_reported_with_its_log() -> None:

@@ -153,6 +153,7 @@ def test_the_suites_of_the_project_load() -> None:
     assert load_suite("amazon2023").seeds == 5
     by_time = load_suite("amazon2023_time")
     assert (by_time.protocol, by_time.domains) == ("time-v1", tuple(f"{name}_time" for name in load_suite("amazon2023").domains))
+    assert by_time.pretrain == tuple(f"{name}_time" for name in load_suite("amazon2023").pretrain)
     methods = find_methods(Paths.default())
     assert all(
         "time-v1" in methods[entry.method].file.protocols and methods[entry.method].config(c)

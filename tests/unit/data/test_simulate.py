@@ -274,3 +274,19 @@ def test_wrong_sizes_and_names(tmp_path):
     for sizes in ({"users": 39, "items": 40}, {"users": 100, "items": 20}, {"users": 60, "items": 61}):
         with pytest.raises(DataError, match="cannot simulate"):
             simulate(tmp_path, categories=["Software"], **sizes)
+
+
+def test_cut_by_time_the_histories_are_the_same(tmp_path):
+    settings = {"categories": ["Software"], "users": 60, "items": 50}
+    whole, cut = simulate(tmp_path, **settings)[0], simulate(tmp_path, **settings, protocol="time-v1")[0]
+    assert (cut.name, cut.protocol) == ("sim_software_time", "time-v1")
+    assert whole.path.exists() and cut.path != whole.path
+    domain, private = Domain.read(cut.path / "public"), read_private(cut.path)
+    assert private.oracle is None
+    assert (private.user_ids, private.item_ids) == (read_private(whole.path).user_ids, read_private(whole.path).item_ids)
+    interactions = cut.counts["interactions"] + private.info["dropped"]["interactions_after_the_test_target"]
+    assert interactions == whole.counts["interactions"]
+    assert len(domain.train.values) == pytest.approx(0.8 * interactions, rel=0.02)
+    assert not simulate(tmp_path, **settings, protocol="time-v1")[0].created
+    with pytest.raises(DataError, match="is no protocol"):
+        simulate(tmp_path, **settings, protocol="time")
