@@ -1,9 +1,9 @@
 """`harness check NAME`: prove that a method keeps the contract.
 
-In: a method. Out: one line a check, and exit status 0 only if none failed. Every run is a real one, by the scheduler and
-the supervisor, on domains made for it: a simulated one with signal in it, and two canaries with none that an honest
-method could see (``harness/data/canary.py``). What is pre-trained is pre-trained for the first run and taken by the canaries',
-as in a suite; the runs that are compared with the first make everything anew.
+In: a method. Out: one line a check, and exit status 0 only if none failed. Every run is a real one, by the scheduler and the
+supervisor, on domains made for it: a simulated one with signal in it, two canaries with none that an honest method could see, and a
+third that shows whether the method would be found (``harness/data/canary.py``). What is pre-trained is pre-trained for the first
+run and taken by the canaries', as in a suite; the runs that are compared with the first make everything anew.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Laboratory:
             wanted = (TARGET,) * (protocol == PROTOCOL) + (PRETRAIN,) * self._pretrains
             simulate(self._paths.data, seed=11, users=300, items=120, categories=wanted, protocol=protocol)
 
-    def canary(self, kind: str, protocol: str = PROTOCOL) -> str:
+    def canary(self, kind: str, protocol: str) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""
         name = f"domain_{secrets.token_hex(3)}"
         canary(self._paths.data / name, kind=kind, entropy=secrets.randbits(128), protocol=protocol)
@@ -200,6 +200,7 @@ def _checks(method: Method, laboratory: Laboratory, paths: Paths, quick: bool) -
     yield "writes nowhere else", stray
     yield "keeps a small budget", lambda: _keeps_budget(laboratory.run(sim_name(TARGET), HURRIED, SMALL_BUDGET))
     if not quick:
+        yield "could be found training on validation items", lambda: _learns(laboratory)
         for protocol in method.file.protocols:
             under = "" if protocol == PROTOCOL else f", {protocol}"
             yield f"does not see the test targets{under}", functools.partial(_canary, laboratory, "canary", protocol)
@@ -279,12 +280,28 @@ def _keeps_budget(trial: Trial) -> str:
     return f"trained {spent:.1f} s of {SMALL_BUDGET:.0f} s, stopped by {record.training.stopped_by}"
 
 
-def _canary(laboratory: Laboratory, kind: str, protocol: str = PROTOCOL) -> str:
+def _learns(laboratory: Laboratory) -> str:
+    """The control of the check after it: staying below the bound says something of a method that passes it where it may."""
+    seen, limit, text = _on_canary(laboratory, "canary_open", PROTOCOL)
+    if seen <= limit:
+        raise CheckFailed(
+            f"{text}: it does not learn what training shows here, so that the check for training on validation items says nothing "
+            "of it; --config names a configuration that learns more"
+        )
+    return text
+
+
+def _canary(laboratory: Laboratory, kind: str, protocol: str) -> str:
+    seen, limit, text = _on_canary(laboratory, kind, protocol)
+    if seen > limit:
+        raise CheckFailed(f"{text}: more than an honest method can reach")
+    return text
+
+
+def _on_canary(laboratory: Laboratory, kind: str, protocol: str) -> tuple[float, float, str]:
+    """Recall@10 of the method, its bound, and both in words."""
     name = laboratory.canary(kind, protocol)
     trial = laboratory.run(name, FIRST)
     limit = bound(laboratory.public(name), kind=kind, k=10)
     seen = trial.record.metrics["recall_at_10"].mean
-    text = f"recall@10 {seen:.4f}, chance {limit.expected:.4f}, bound {limit.recall:.4f}"
-    if seen > limit.recall:
-        raise CheckFailed(f"{text}: more than an honest method can reach")
-    return text
+    return seen, limit.recall, f"recall@10 {seen:.4f}, chance {limit.expected:.4f}, bound {limit.recall:.4f}"

@@ -45,20 +45,15 @@ def test_a_method_that_trains_on_validation_items_is_caught() -> None:
 
 
 def test_pre_training_is_cut_as_the_targets_are_and_done_once_for_the_canaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "transfers"
-    folder.mkdir()
-    (folder / "method.toml").write_text(
-        'name = "transfers"\ntitle = "T"\nlineage = "trivial"\nprotocols = ["loo-v1", "time-v1"]\n'
-        '[[stages]]\nname = "learn"\nscope = "pretrain"\n[[stages]]\nname = "fit"\n[configs.default]\n'
-    )
-    (folder / "run.py").write_text(TRANSFERS)
+    stages = 'protocols = ["loo-v1", "time-v1"]\n[[stages]]\nname = "learn"\nscope = "pretrain"\n[[stages]]\nname = "fit"\n'
+    folder = write_method(tmp_path / "transfers", stages, TRANSFERS)
     ran: list[tuple[str, str]] = []
     monkeypatch.setattr(_Nobody, "stage_started", lambda _, run, stage, folder: ran.append((stage.name, run.domain)))
     status, said = check(str(folder))
     assert status == 0, said
     assert said.count("does not see the test targets") == 2
     fitted = [domain for stage, domain in ran if stage == "fit"]
-    assert len(fitted) == 7 and len(set(fitted)) == 5  # first, second and hurried on one domain, then four canaries
+    assert len(fitted) == 8 and len(set(fitted)) == 6  # first, second and hurried on one domain, then five canaries
     # Anew for each of the first three, for none of the canaries under loo-v1, and once for those under time-v1.
     assert [stage for stage, _ in ran].count("learn") == 4
 
@@ -86,16 +81,31 @@ if __name__ == "__main__":
 """
 
 
+def write_method(folder: Path, more: str, program: str) -> Path:
+    folder.mkdir()
+    (folder / "method.toml").write_text(f'name = "{folder.name}"\ntitle = "M"\nlineage = "trivial"\n{more}[configs.default]\n')
+    (folder / "run.py").write_text(program)
+    return folder
+
+
+def test_a_method_that_would_not_be_found_is_told_so(tmp_path: Path) -> None:
+    """One that learns nothing stays below the bound of every leak test, whatever it trains on."""
+    program = TRANSFERS.replace("job.domain.popular(job.k)", "np.arange(job.k)")
+    program = program[: program.index("    learnt =")] + program[program.index("    list_K") :]
+    status, said = check(str(write_method(tmp_path / "dull", "", program.replace('"learn": learn, ', ""))))
+    assert status == 1
+    told = next(line for line in said.splitlines() if "could be found" in line)
+    assert "FAILS" in told and "does not learn what training shows here" in told
+    assert "holds  does not train on validation items" in said
+
+
 def test_a_failing_method_is_reported_with_its_log() -> None:
     status, said = check(str(lab.FAKES / "faulty"), config="crashes", quick=True)
     assert status == 1 and "broken on purpose" in said
 
 
 def test_an_undeclared_import_is_caught(tmp_path: Path) -> None:
-    folder = tmp_path / "greedy"
-    folder.mkdir()
-    (folder / "method.toml").write_text('name = "greedy"\ntitle = "G"\nlineage = "trivial"\n[configs.default]\n')
-    (folder / "run.py").write_text("from harness.contract import main\nfrom harness.data import simulate\n")
+    folder = write_method(tmp_path / "greedy", "", "from harness.contract import main\nfrom harness.data import simulate\n")
     with pytest.raises(CheckFailed, match=r"run.py:2 imports harness.data"):
         check_imports(load_method(folder, PROJECT), PROJECT)
     (folder / "run.py").write_text("import utgrec.semantic_ids\n")
