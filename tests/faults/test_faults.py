@@ -72,6 +72,7 @@ def leftovers(root: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_fault_gets_its_status(records: dict[str, Record], name: str) -> None:
     state, words = EXPECTED[name]

@@ -57,6 +57,7 @@ def wait_until_nothing_lives(root: Path, seconds: float = 15) -> list[str]:
     return alive
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_kill_the_harness_fifty_times(tmp_path: Path) -> None:
     undisturbed, killed = make(tmp_path / "undisturbed"), make(tmp_path / "killed")
@@ -87,6 +88,7 @@ def test_kill_the_harness_fifty_times(tmp_path: Path) -> None:
     assert interrupted >= KILLS // 4, "the kills came too late to test anything"
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_two_harnesses_on_one_folder_run_everything_once(tmp_path: Path) -> None:
     root = make(tmp_path)
@@ -98,6 +100,7 @@ def test_two_harnesses_on_one_folder_run_everything_once(tmp_path: Path) -> None
     assert wait_until_nothing_lives(root) == []
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_sigint_keeps_what_is_finished_and_leaves_nothing_running(tmp_path: Path) -> None:
     root = make(tmp_path)

@@ -179,6 +179,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(house: House, executor: Worker
     assert house.is_quiet()
 
 
+@pytest.mark.slow
 def test_a_dead_conductor_ends_its_runs(house: House, worker: Any) -> None:
     (house.cache / "pid").unlink(missing_ok=True)
     code = (
@@ -217,6 +218,7 @@ def test_a_second_task_waits_for_the_checkpoint_of_the_first(house: House, worke
     assert (results["second"]["ended_by"], results["second"]["exit_code"]) == ("exit", 0)
 
 
+@pytest.mark.slow
 def test_a_dead_worker_interrupts_and_a_new_one_goes_on(tmp_path: Path) -> None:
     house = build_house(tmp_path)
     process, executor = house.worker(), house.executor()

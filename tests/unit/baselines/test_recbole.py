@@ -34,6 +34,7 @@ def run(runner: Runner, domain: SmallDomain, configuration: dict[str, Any]) -> O
     return runner.run("recbole", domain, configuration, inputs={"pretrain_s3": job.output})
 
 
+@pytest.mark.slow
 def test_sasrec_learns_and_repeats_itself(small_domain: SmallDomain, runner: Runner) -> None:
     configuration = small("sasrec_ce", hidden_dropout_prob=0.1, attn_dropout_prob=0.1)
     first, second = (runner.run("recbole", small_domain, configuration) for _ in range(2))
@@ -47,6 +48,7 @@ def test_sasrec_learns_and_repeats_itself(small_domain: SmallDomain, runner: Run
     assert sorted(p.name for p in first.output.iterdir()) == ["meta.json", "predictions.npz", "progress.jsonl", "valid_predictions.npz"]
 
 
+@pytest.mark.slow
 def test_s3rec_starts_from_its_pretraining(small_domain: SmallDomain, runner: Runner) -> None:
     outcome = run(runner, small_domain, small("s3rec", hidden_dropout_prob=0.1, attn_dropout_prob=0.1))
     assert small_domain.recall_at_10(outcome.items) > 3 * CHANCE

@@ -67,6 +67,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
     return Launched(one, two, failing, process.returncode, output)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_two_processes_train_what_one_does(launched: Launched) -> None:
     jobs = launched.one, launched.two
