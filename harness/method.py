@@ -31,6 +31,8 @@ class Stage(Frozen):
     scope: Literal["domain", "pretrain"] = "domain"
     uses: tuple[str, ...] | None = None
     """The hyper-parameters that force this stage to run again; default all. Configurations equal in these share it."""
+    inputs: tuple[str, ...] | None = None
+    """The earlier stages whose output it reads (``job.inputs``); default all that the configuration has."""
 
 
 class PublishedValue(Frozen):
@@ -165,6 +167,10 @@ def load_method(folder: Path, project: Path) -> Method:
     names = [stage.name for stage in file.stages]
     if len(set(names)) != len(names):
         raise ConfigError(f"{path}: two stages have one name: {names}")
+    for number, stage in enumerate(file.stages):
+        for name in stage.inputs or ():
+            if name not in names[:number]:
+                raise ConfigError(f"{path}: stages.{stage.name}: inputs: {name!r} is no stage before it.{nearest(name, names[:number])}")
     configs = {name: _resolve(file, name, path) for name in file.configs}
     for key, mentioned in (
         ("suites", file.suites.values()),

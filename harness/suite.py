@@ -140,11 +140,12 @@ class KeyMaker:
     def stages(
         self, method: Method, config: Config, domain: str, pretrain: tuple[str, ...], seed: int, budget: Budget
     ) -> tuple[PlannedStage, ...]:
-        """The stages of one run with their keys; every stage's key covers the keys of the stages before it."""
+        """The stages of one run with their keys; every stage's key covers the keys of the stages that it reads."""
         planned: list[PlannedStage] = []
         for stage in config.stages:
             domains = pretrain if stage.scope == "pretrain" else (domain,)
             values = config.values if stage.uses is None else {k: v for k, v in config.values.items() if k in stage.uses}
+            inputs = {earlier.name: earlier.key for earlier in planned if stage.inputs is None or earlier.name in stage.inputs}
             key = digest(
                 self._shared
                 | {
@@ -157,10 +158,10 @@ class KeyMaker:
                     "domains": {name: self.info(name)["digest"] for name in domains},
                     "seed": derived_seed(seed, stage.name),
                     "budget": budget.model_dump(),
-                    "inputs": {earlier.name: earlier.key for earlier in planned},
+                    "inputs": inputs,
                 }
             )
-            planned.append(PlannedStage(name=stage.name, key=key, domains=domains, needs=tuple(s.name for s in planned)))
+            planned.append(PlannedStage(name=stage.name, key=key, domains=domains, needs=tuple(inputs)))
         return tuple(planned)
 
 

@@ -53,6 +53,8 @@ def test_a_configuration_inherits_and_overrides(tmp_path: Path) -> None:
         (('name = "toy"', 'name = "other"'), "the folder is 'toy'"),
         (('needs = ["text"]', 'needs = ["sound"]'), "configs.base.needs"),
         (('needs = ["text"]', 'stages = ["fitt"]'), "Did you mean 'fit'?"),
+        (("[configs.base]", '[[stages]]\nname = "a"\n[[stages]]\nname = "fit"\ninputs = ["b"]\n[configs.base]'), "stages.fit: inputs: 'b'"),
+        (("[configs.base]", '[[stages]]\nname = "fit"\ninputs = ["fit"]\n[configs.base]'), "no stage before it"),
         (("[configs.base]", 'program = "walk.py"\n[configs.base]'), "walk.py"),
         (("[configs.base]", 'sources = ["harness/score.py"]\n[configs.base]'), "sources"),
         (("[configs.base]", "[suites]\nsmoke = ['wode']\n[configs.base]"), "Did you mean 'wide'?"),

@@ -115,6 +115,22 @@ def test_a_stage_that_uses_few_parameters_is_shared(paths: Paths) -> None:
     assert first[0].key == second[0].key and first[1].key != second[1].key
 
 
+def test_a_stage_depends_on_the_stages_that_it_reads(paths: Paths) -> None:
+    """UTGRec's ablation without a pre-trained recommender adapts the same tokenizer as the whole method: once."""
+    configs = ("tiny", "tiny_recommender_from_scratch", "tiny_no_pretraining")
+    made = plan(paths, run=(Entry(method="utgrec", configs=configs),), pretrain=("other",))
+    whole, from_scratch, nothing = ({stage.name: stage for stage in run.stages} for run in made.runs)
+    assert {name: stage.needs for name, stage in whole.items()} == {
+        "pretrain_tokenizer": (),
+        "pretrain_recommender": ("pretrain_tokenizer",),
+        "adapt": ("pretrain_tokenizer",),
+        "fit": ("pretrain_recommender", "adapt"),
+    }
+    assert whole["adapt"].key == from_scratch["adapt"].key != nothing["adapt"].key
+    assert whole["fit"].key != from_scratch["fit"].key
+    assert from_scratch["fit"].needs == ("adapt",)
+
+
 def test_a_pretraining_stage_does_not_depend_on_the_target(paths: Paths) -> None:
     file = paths.methods[0] / "slow" / "method.toml"
     file.write_text(file.read_text().replace('name = "prepare"', 'name = "prepare"\nscope = "pretrain"'))
