@@ -80,6 +80,16 @@ def test_a_run_ends_with_a_table_and_a_second_run_does_nothing(home: Path) -> No
     assert dry.stdout.count("cached") == 2
 
 
+@pytest.mark.slow
+def test_a_suite_cut_by_time_makes_its_domains_and_runs(home: Path) -> None:
+    done = harness(home, "run", "--suite", "smoke_time", "-m", "popularity", "-m", "last_item", "--no-mlflow")
+    assert done.returncode == 0, done.stderr
+    assert "simulating" in done.stdout and "4 of 4 runs ok" in done.stdout and "Last item" in done.stdout
+    assert "Oracle" not in done.stdout  # the simulator's own ranking is for the step that it took last, which is not asked for here
+    again = harness(home, "run", "--suite", "smoke_time", "-m", "popularity", "-m", "last_item", "--no-mlflow")
+    assert again.returncode == 0 and "simulating" not in again.stdout and "4 of 4 runs were finished before" in again.stdout
+
+
 def test_a_failed_run_makes_the_command_fail_and_the_table_all_the_same(home: Path) -> None:
     suite = SUITE + '[[run]]\nmethod = "faulty"\nconfigs = ["crashes"]\n'
     (home / "tiny.toml").write_text(suite)

@@ -171,9 +171,11 @@ def test_the_suites_of_the_project_load() -> None:
     assert (by_time.protocol, by_time.domains) == ("time-v1", tuple(f"{name}_time" for name in load_suite("amazon2023").domains))
     assert by_time.pretrain == tuple(f"{name}_time" for name in load_suite("amazon2023").pretrain)
     methods = find_methods(Paths.default())
+    smoke = load_suite("smoke_time")
+    assert smoke.simulate is not None and smoke.protocol == "time-v1"
     assert all(
         "time-v1" in methods[entry.method].file.protocols and methods[entry.method].config(c)
-        for entry in by_time.run
+        for entry in (*by_time.run, *smoke.run)
         for c in entry.configs
     )
 
