@@ -21,10 +21,10 @@ item, so that it also proves which users a method writes lists for.
 
 For an honest method on ``canary_valid``, users with the same last item can win or lose together (its list may be a function of that
 item alone), and there are only ten last items. So the bound adds up whole groups: the hits are sum_i c_i B_i with c_i users whose
-last item is i. Go through S along the cycle: given the items so far, the next one is uniform over at least 500 - 10 others, whatever
-the lists are, so that every B_i is at most Bernoulli(k / 490). Choosing the best of up to 1,000 evaluations on validation is
-allowed and can lift the test value by luck, because validation items are from S as well; the bound therefore holds at
-0.001 / 1000. It lies near .4; training on validation gives 1 or close to it.
+last item is s_i. Go along the cycle s_1, s_2, ...: given those so far, the next one is uniform over at least 500 - 10 others, so that
+whatever the lists are, B_1 ... B_9 are at most independent Bernoulli(k / 490); the tenth, whose target is s_1 again, counts as won.
+Choosing the best of up to 1,000 evaluations on validation is allowed and can lift the test value by luck, because validation items
+are from S as well; the bound therefore holds at 0.001 / 1000. It lies near .5; training on validation gives 1 or close to it.
 """
 
 from __future__ import annotations
@@ -136,13 +136,14 @@ def bound(public: Path, *, kind: str, k: int = 10) -> Bound:
     domain = Domain.read(public)
     if kind == "canary":
         known = int(domain.test_inputs().lengths.max())
-        chance, groups, alpha = k / (domain.n_items - known), np.ones(len(domain.test_users), np.int64), FALSE_ALARM
+        chance = k / (domain.n_items - known)
+        hits = most_hits(np.ones(len(domain.test_users), np.int64), chance, FALSE_ALARM)
     elif kind in KINDS:
-        chance, groups = k / (domain.n_items - SECRET), np.bincount(domain.valid)
-        alpha = FALSE_ALARM / EVALUATIONS
+        chance, (won, *groups) = k / (domain.n_items - SECRET), sorted(np.unique(domain.valid, return_counts=True)[1], reverse=True)
+        hits = won + most_hits(np.array(groups), chance, FALSE_ALARM / EVALUATIONS)
     else:
         raise DataError(f"unknown canary {kind!r}; known are {', '.join(KINDS)}")
-    return Bound(k, chance, most_hits(groups, chance, alpha) / len(domain.test_users))
+    return Bound(k, chance, hits / len(domain.test_users))
 
 
 def most_hits(groups: np.ndarray, chance: float, alpha: float) -> int:

@@ -65,29 +65,27 @@ def test_honest_methods_pass_and_cheats_do_not(tmp_path, kind, entropy):
     found = {with_validation: [lists(domain, with_validation) for lists in (by_popularity, by_transition)] for with_validation in (False, True)}
     honest, refit = ([recall(lists, private.targets) for lists in found[with_validation]] for with_validation in (False, True))
     if kind == "canary_open":  # training alone shows it
-        assert min(honest) > 0.7 > limit.recall
+        assert min(honest) > 0.9 > limit.recall
     else:
         assert max(honest) <= limit.recall
-        assert min(refit) > 0.7 > limit.recall if kind == "canary_valid" else max(refit) <= limit.recall
+        assert min(refit) > 0.9 > limit.recall if kind == "canary_valid" else max(refit) <= limit.recall
     if kind == "canary":
         one_in_twenty = np.where(np.arange(users)[:, None] % 20 == 0, private.targets[:, None], found[False][1])  # a leak for 5 % of the users
         assert recall(one_in_twenty, private.targets) > limit.recall
 
 
-def test_the_bound_of_ten_groups_by_simulation(tmp_path):
-    """Honest lists that hold whatever they like, against secrets drawn anew: the bound's tail is not too small."""
+def test_the_bound_of_ten_groups_by_simulation():
+    """Honest lists against secrets drawn anew: the tail that the bound is made of is not too small, and not far too large."""
     rng = np.random.default_rng(0)
-    exceeded = {"one list for all": 0, "a list for every last item": 0}
-    rounds, limit = 200_000, 2  # of ten groups; a lower limit than the bound's, so that there is something to count
+    rounds, limit, k = 200_000, 2, 10  # wins of ten groups; a lower limit than the bound's, so that there is something to count
+    more = dict.fromkeys(("one list for all", "a list for every last item"), 0)
     for _ in range(rounds // 10_000):
         secret = np.argsort(rng.random((10_000, ITEMS)), axis=1)[:, :SECRET]
-        exceeded["one list for all"] += int(((secret < 10).sum(1) > limit).sum())
+        more["one list for all"] += int(((secret < k).sum(1) > limit).sum())
         after = np.roll(secret, -1, axis=1)
-        exceeded["a list for every last item"] += int((((after - secret) % ITEMS <= 10).sum(1) > limit).sum())
-    told = binomial_tail(SECRET, 10 / (ITEMS - SECRET), limit)
-    noise = 3 * math.sqrt(told / rounds)
-    assert all(count / rounds <= told + noise for count in exceeded.values()), (exceeded, told)
-    assert exceeded["a list for every last item"] / rounds > told / 2
+        more["a list for every last item"] += int((((after - secret) % ITEMS <= k).sum(1) > limit).sum())
+    told = binomial_tail(SECRET - 1, k / (ITEMS - SECRET), limit - 1)  # one group counts as won
+    assert all(told / 50 < count / rounds < told for count in more.values()), (more, told)
 
 
 @pytest.mark.parametrize("kind", KINDS)
