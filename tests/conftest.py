@@ -13,10 +13,21 @@ from tests.web_server import web_server
 __all__ = ["shared_data", "web_server"]
 
 
-def pytest_configure() -> None:
-    """A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts."""
+MOST_AT_ONCE = 4
+"""Tests that run beside each other with ``-n auto``: some time what they do, and some take gigabytes."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if getattr(config.option, "maxschedchunk", 1) is None:
+        config.option.maxschedchunk = 1  # whoever is free takes the next test, not the next hundred
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    return min(len(os.sched_getaffinity(0)), MOST_AT_ONCE)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
