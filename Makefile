@@ -30,7 +30,7 @@ benchmark: venv ## runs the suite (SUITE=auto: the four Amazon domains where the
 	@$(BIN)/harness run --suite $(SUITE) $(ARGS)
 
 test: venv      ## the tests, two to four at a time (ARGS="-k name"; ARGS="-n 0 -s" for one at a time); those with containers: .ci/run
-	@$(BIN)/python -m pytest -m "not containers" -n auto $(ARGS)
+	@$(BIN)/python -m pytest -m "not containers" -n auto --dist loadgroup $(ARGS)
 
 containers: venv ## builds the images and runs the compose file for real (needs a Docker engine)
 	@$(BIN)/python -m pytest tests/containers -m containers --timeout 3000 $(ARGS)

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,7 +233,7 @@ def keep(folder: Path) -> int:
                 if ready or not _taken(port):
                     return 1
                 server = None  # somebody took the port between our look and the server's: try the next one
-            elif not ready and answers(f"http://127.0.0.1:{port}", timeout=2.0):
+            elif not ready and _listens(server.pid, port) and answers(f"http://127.0.0.1:{port}", timeout=2.0):
                 ready = True
                 _write_state(folder / "server.json", {"uri": f"http://127.0.0.1:{port}", "pid": server.pid})
             time.sleep(0.25)
@@ -287,16 +287,36 @@ def _end_orphan(folder: Path) -> None:
         group = int(json.loads((folder / "process.json").read_text())["group"])
     except (OSError, ValueError, KeyError, TypeError):
         return
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            same_group = int((entry / "stat").read_text().rpartition(")")[2].split()[2]) == group
-            ours = same_group and b"mlflow" in (entry / "cmdline").read_bytes()
-        except (OSError, IndexError, ValueError):
-            continue
-        if ours:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+    for entry in _members(group):
+        with contextlib.suppress(OSError):
+            if b"mlflow" in (entry / "cmdline").read_bytes():
                 os.killpg(group, signal.SIGKILL)
-            return
+                return
+
+
+def _members(group: int) -> Iterator[Path]:
+    """The processes of a group, as folders of ``/proc``."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                yield entry
+
+
+def _listens(group: int, port: int) -> bool:
+    """Whether the port is this process group's. While our server starts, somebody else's can take the port, and would answer for it.
+
+    True where the system does not tell (no ``/proc``).
+    """
+    try:
+        sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    except OSError:
+        return True
+    listening = {f"socket:[{fields[9]}]" for fields in sockets if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")}
+    for entry in _members(group):
+        with contextlib.suppress(OSError):
+            if any(os.readlink(handle) in listening for handle in (entry / "fd").iterdir()):
+                return True
+    return False
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:

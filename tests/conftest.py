@@ -21,8 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if getattr(config.option, "maxschedchunk", 1) is None:
-        config.option.maxschedchunk = 1  # whoever is free takes the next test, not the next hundred
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,9 +29,15 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where several processes share the tests, the slow ones go first: none is left alone with one of them at the end."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Where several processes share the tests (``-n auto --dist loadgroup``): a file's tests stay together and in order, but for the
+    checks of methods, which take minutes each; and files with slow tests go first, so that none is left alone with them at the end."""
+    if not hasattr(config, "workerinput"):
+        return
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if item.path.name != "test_methods.py":
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(config.rootpath))))
 
 
 @pytest.fixture(scope="session")

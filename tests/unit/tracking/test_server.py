@@ -45,6 +45,7 @@ if os.path.exists("broken"):
 if os.path.exists("deaf"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 if "worker" in words:
+    time.sleep(float(open("slow").read()) if os.path.exists("slow") else 0.0)
     HTTPServer(("127.0.0.1", int(value("--port"))), Handler).serve_forever()
 with open("starts", "a") as file:
     file.write("x")
@@ -199,6 +200,7 @@ def test_a_noted_group_that_is_not_ours_is_left_alone(results: Path) -> None:
 
 def test_a_taken_port_is_passed_over(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what is left of the connections of the test before is no listener
         try:
             other.bind(("127.0.0.1", mlflow_server.FIRST_PORT))
             other.listen()
@@ -206,6 +208,20 @@ def test_a_taken_port_is_passed_over(results: Path, monkeypatch: pytest.MonkeyPa
             pass  # somebody has it already: as good
         with contextlib.closing(mlflow_server.ensure(results)) as server:
             assert server.uri != f"http://127.0.0.1:{mlflow_server.FIRST_PORT}"
+
+
+def test_a_server_that_takes_the_port_while_ours_starts_is_not_taken_for_ours(results: Path) -> None:
+    """Two harnesses with results of their own: each writes to its own server, though one finds the other's on the port that it chose."""
+    slow, quick = results / "slow", results / "quick"
+    (slow / "mlflow").mkdir(parents=True)
+    (slow / "mlflow" / "slow").write_text("2.0")
+    users = [user(slow)]
+    assert wait_until((slow / "mlflow" / "process.json").exists)
+    users.append(user(quick))
+    addresses = [said(process)[0] for process in users]
+    assert len(set(addresses)) == 2 and all(map(mlflow_server.answers, addresses))
+    for process in users:
+        end(process)
 
 
 def test_a_state_file_of_the_past_is_not_believed(results: Path) -> None:
