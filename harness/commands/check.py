@@ -77,7 +77,7 @@ class Laboratory:
         """The domain with signal in it, and what the method may pre-train on under each of its protocols."""
         for protocol in {PROTOCOL, *(self._method.file.protocols if self._pretrains else ())}:
             wanted = (TARGET,) * (protocol == PROTOCOL) + (PRETRAIN,) * self._pretrains
-            simulate(self._paths.data, seed=11, users=300, items=120, categories=wanted, protocol=protocol)
+            simulate(self._paths.data, seed=11, users=400, items=160, categories=wanted, protocol=protocol)
 
     def canary(self, kind: str, protocol: str) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""
