@@ -90,6 +90,11 @@ class Config(Frozen):
     stages: tuple[Stage, ...]
     paper: str
 
+    @property
+    def pretrains(self) -> bool:
+        """Whether it needs domains to pre-train on."""
+        return any(stage.scope == "pretrain" for stage in self.stages)
+
 
 class Method(Frozen):
     folder: Path

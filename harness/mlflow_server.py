@@ -233,7 +233,7 @@ def keep(folder: Path) -> int:
                 if ready or not _taken(port):
                     return 1
                 server = None  # somebody took the port between our look and the server's: try the next one
-            elif not ready and _listens(server.pid, port) and answers(f"http://127.0.0.1:{port}", timeout=2.0):
+            elif not ready and answers(f"http://127.0.0.1:{port}", timeout=2.0) and _listens(server.pid, port):
                 ready = True
                 _write_state(folder / "server.json", {"uri": f"http://127.0.0.1:{port}", "pid": server.pid})
             time.sleep(0.25)

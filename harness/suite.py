@@ -246,6 +246,6 @@ def _missing_need(method: Method, config: Config, info: dict[str, Any], suite: S
         return f"needs item pictures; {info['name']} has none"
     if "cuda" in config.needs and device != "cuda":
         return "needs a CUDA GPU; none was found"
-    if any(stage.scope == "pretrain" for stage in config.stages) and not suite.pretrain:
+    if config.pretrains and not suite.pretrain:
         return f"needs pre-training domains; suite {suite.name} names none (key 'pretrain')"
     return ""

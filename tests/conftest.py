@@ -17,8 +17,8 @@ MOST_AT_ONCE = 4
 """Tests that run beside each other with ``-n auto``: some time what they do, and some take gigabytes."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts.
+def pytest_configure() -> None:
+    """A test run in the background of a script is started with Ctrl-C ignored, and so would be what it starts."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -66,7 +66,7 @@ class Laboratory:
 
     def __init__(self, root: Path, method: Method, config: str, paths: Paths, console: Console):
         self._root, self._method, self._config = root, method, config
-        self._pretrains = any(stage.scope == "pretrain" for stage in method.configs[config].stages)
+        self._pretrains = method.configs[config].pretrains
         self._paths = replace(paths, data=root / "data", results=root / "results")
         self._pythons = pythons([method], paths, console.print)
         self._executor = LocalExecutor(self._paths)
@@ -75,9 +75,10 @@ class Laboratory:
 
     def prepare(self) -> None:
         """The domain with signal in it, and what the method may pre-train on under each of its protocols."""
-        for protocol in {PROTOCOL, *(self._method.file.protocols if self._pretrains else ())}:
-            wanted = (TARGET,) * (protocol == PROTOCOL) + (PRETRAIN,) * self._pretrains
-            simulate(self._paths.data, seed=11, users=400, items=160, categories=wanted, protocol=protocol)
+        wanted = {protocol: [PRETRAIN] if self._pretrains else [] for protocol in (PROTOCOL, *self._method.file.protocols)}
+        wanted[PROTOCOL].append(TARGET)
+        for protocol, categories in wanted.items():
+            simulate(self._paths.data, seed=11, users=400, items=160, categories=categories, protocol=protocol)
 
     def canary(self, kind: str, protocol: str) -> str:
         """A canary under a name that says nothing, with entropy that nobody has seen before."""

@@ -107,7 +107,7 @@ def simulate(
     same histories are cut where four fifths and nine tenths of the domain's interactions have happened; such a domain has no oracle,
     because what is asked for is no longer the last step that the simulator took.
     """
-    cuts_of(protocol)
+    cuts_of(protocol)  # refuses one that does not exist
     root = root or data_root()
     recipe = {"simulator": _code_digest(), "seed": seed, "users": users, "items": items}
     found = {category: _made_by(root / sim_name(category, protocol), recipe) for category in _known(categories)}

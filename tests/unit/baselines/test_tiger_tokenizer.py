@@ -292,7 +292,7 @@ def test_training_learns_and_recovers_planted_clusters(books: str, optimiser: st
     codes_IL = made.codes(x_ID)
     inside, anywhere = same_group_rate(codes_IL[:, 0].numpy(), group_I)
     assert inside > 3 * anywhere and inside > 0.5
-    assert trained.metrics["usage_1"] > 0.5  # .67 to 1 over seeds: Adagrad at .4 loses some of the twelve
+    assert trained.metrics["usage_1"] > (0.5 if optimiser == "adagrad" else 0.9)  # .67 to 1 over seeds with Adagrad at .4
     assert codes.health(codes_IL, 12)["collision_rate"] == trained.metrics["collision_rate"]
 
 
